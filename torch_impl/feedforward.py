@@ -1,0 +1,83 @@
+"""The feed-forward layer: the same small network at every position."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from torch_impl.dropout import Dropout
+from torch_impl.linear import Linear
+from torch_impl.weights import initialize
+from twinformer.checks import check_sizes, check_width
+from twinformer.config import Activation, DType
+from twinformer.errors import ConfigError
+
+
+def activate(X: Float[Tensor, "*shape"], name: Activation) -> Float[Tensor, "*shape"]:
+    """The activation by its name; ConfigError for an unknown one.
+
+    - ``relu``: ``max(x, 0)``
+    - ``gelu``: ``x Φ(x) = x/2 (1 + erf(x / sqrt(2)))``
+    - ``gelu_tanh``: ``x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))``
+    - ``silu``: ``x σ(x)``
+    """
+    match name:
+        case "relu":
+            return F.relu(X)
+        case "gelu":
+            return F.gelu(X)
+        case "gelu_tanh":
+            return F.gelu(X, approximate="tanh")
+        case "silu":
+            return F.silu(X)
+    raise ConfigError("activate", [f"name: expected one of 'relu', 'gelu', 'gelu_tanh', 'silu', got {name!r}"])
+
+
+class FeedForward(nn.Module):
+    """``down(dropout(f(up X)))``; gated: ``down(dropout(f(gate X) · up X))``, for ``X [..., D]``.
+
+    Book, chapter "Transformers", "Feedforward layer"; gates: Shazeer 2020, arXiv:2002.05202. Raises InputError for another
+    width or a dtype that is no float.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = "relu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        param_dtype: DType = "float32",
+        compute_dtype: DType = "float32",
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__()
+        check_sizes("FeedForward", model_dim=model_dim, hidden_dim=hidden_dim)
+        self.model_dim = model_dim
+        self.activation: Activation = activation
+
+        def linear(in_dim: int, out_dim: int) -> Linear:
+            return Linear(
+                in_dim, out_dim, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None
+            )
+
+        self.up = linear(model_dim, hidden_dim)
+        self.gate = linear(model_dim, hidden_dim) if gated else None
+        self.down = linear(hidden_dim, model_dim)
+        self.dropout = Dropout(dropout)
+        activate(torch.zeros(1), activation)  # an unknown name is an error here, not at the first call
+        initialize(self, seed)
+
+    def forward(self, X: Float[Tensor, "*rows D"], *, rng: Int64[Tensor, "2"] | None = None) -> Float[Tensor, "*rows D"]:
+        if not torch.compiler.is_compiling():
+            check_width("FeedForward", X=X, width=self.model_dim)
+        if self.gate is None:
+            hidden = activate(self.up(X), self.activation)
+        else:
+            hidden = activate(self.gate(X), self.activation) * self.up(X)
+        Y: Tensor = self.down(self.dropout(hidden, rng))
+        return Y

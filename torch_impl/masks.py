@@ -1,0 +1,91 @@
+"""Who may attend to whom: all of the library's masks, and the softmax under a mask.
+
+A boolean mask says True = may attend. A float mask is added to the wide scores, and ``-inf`` in it hides. Both
+broadcast to ``[B, A, T, S]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def causal_mask(
+    T: int, S: int, *, window: int | None = None, device: torch.device | str | None = None
+) -> Bool[Tensor, "T S"]:
+    """Query i sees keys ``j <= i + S - T``: the two sequences are aligned at their ends.
+
+    With a window w also ``j > i + S - T - w``: itself and the w - 1 keys before it.
+    """
+    ahead = _key_minus_query(T, S, device)
+    return ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+
+
+def window_mask(T: int, S: int, *, window: int, device: torch.device | str | None = None) -> Bool[Tensor, "T S"]:
+    """Query i sees keys with ``|j - (i + S - T)| < window``, on both sides."""
+    return _key_minus_query(T, S, device).abs() < window
+
+
+def _key_minus_query(T: int, S: int, device: torch.device | str | None) -> Int[Tensor, "T S"]:
+    query = torch.arange(T, device=device) + (S - T)
+    return torch.arange(S, device=device) - query[:, None]
+
+
+def padding_mask(real: Bool[Tensor, "B S"]) -> Bool[Tensor, "B 1 1 S"]:
+    """Keys that are real tokens may be attended to, by every head and query."""
+    return real[:, None, None, :]
+
+
+def positions_from(real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Positions counted over real tokens, ``max(cumsum(real) - 1, 0)``: padding on either side shifts nothing."""
+    return (real.cumsum(-1) - 1).clamp(min=0)
+
+
+def split_mask(
+    mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None, wide: torch.dtype
+) -> tuple[Bool[Tensor, "..."] | None, Float[Tensor, "..."] | None]:
+    """A mask of either kind as (what may be attended to, what is added to the scores in the wide dtype)."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask, None
+    added = mask.to(wide)
+    return added != -torch.inf, added
+
+
+def both(left: Bool[Tensor, "..."] | None, right: Bool[Tensor, "..."] | None) -> Bool[Tensor, "..."] | None:
+    """What both masks allow; None allows everything."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left & right
+
+
+def masked_softmax(
+    scores: Float[Tensor, "*heads T S"], allowed: Bool[Tensor, "..."] | None
+) -> Float[Tensor, "*heads T S"]:
+    """Softmax over the allowed keys; a row that has none (or only scores of ``-inf``) is 0, with gradient 0.
+
+    Forbidden keys are filled in before the softmax, so that their scores do not matter, and once more after it, so
+    that their gradients do not: 0 · NaN and 0 · inf would otherwise spread to the whole row.
+    """
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    empty = scores.detach().amax(-1, keepdim=True) == -torch.inf
+    weights = scores.masked_fill(empty, 0.0).softmax(-1)
+    return weights.masked_fill(empty if allowed is None else empty | ~allowed, 0.0)
+
+
+def quarantine(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
+    """Rows of X that hold anything but finite numbers replaced by 0, and their places.
+
+    A hidden key contributes ``0 · value`` to a sum, and that is NaN where the value is NaN or infinite. With such rows
+    taken out, nothing can spread from them, forward or backward; ``exposed`` says who must see them all the same.
+    """
+    broken = ~X.isfinite().all(-1)
+    return X.masked_fill(broken[..., None], 0.0), broken
+
+
+def exposed(broken: Bool[Tensor, "B S"], allowed: Bool[Tensor, "#B #A #T #S"] | None) -> Bool[Tensor, "B #T"]:
+    """Queries that may attend, in any head, to a broken key."""
+    if allowed is None:
+        return broken.any(-1, keepdim=True)
+    return (allowed & padding_mask(broken)).any(-1).any(1)

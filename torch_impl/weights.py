@@ -1,0 +1,130 @@
+"""Weights in and out: a mapping from parameter path to array <-> this framework's parameters.
+
+A path is the path of attributes that leads to a parameter, and the orientation is PyTorch's own, so that nothing is
+renamed or turned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from twinformer.checks import FLOATS, dtype_name
+from twinformer.config import DType, ModelConfig, NormWeight
+from twinformer.errors import Problems, WeightsError
+from twinformer.initializers import draw_weights, initial_weights
+from twinformer.parameters import Kind, Parameter
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Any], *, finite: bool = False) -> None:
+    """Set every parameter of the model from ``tensors``: path -> NumPy array or tensor, cast to the parameter's dtype.
+
+    Raises one WeightsError that names every missing, unexpected, mis-shaped and non-float leaf, and with ``finite`` every
+    one that holds NaN or infinity; nothing is changed then.
+    """
+    problems = Problems(type(model).__name__, WeightsError)
+    parameters = dict(model.named_parameters())
+    for path, parameter in parameters.items():
+        if path not in tensors:
+            problems.add(f"{path}: missing")
+            continue
+        array = tensors[path]
+        have, want = tuple(array.shape), tuple(parameter.shape)
+        problems.expect(have == want, f"{path}: expected shape {want}, got {have}")
+        if problems.expect(
+            dtype_name(array) in FLOATS, f"{path}: expected a float dtype, got {dtype_name(array)}"
+        ) and finite:
+            count = int((~_tensor(array).isfinite()).sum())
+            problems.expect(count == 0, f"{path}: expected finite values, got {count} that are not")
+    for path in tensors:
+        problems.expect(path in parameters, f"{path}: unexpected")
+    problems.raise_if_any()
+    with torch.no_grad():
+        for path, parameter in parameters.items():
+            parameter.copy_(_tensor(tensors[path]))
+
+
+def export_weights(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Every parameter by path, as a copy in NumPy in the parameter's dtype (bfloat16 as ``ml_dtypes.bfloat16``)."""
+    return {path: _array(parameter.detach().cpu()) for path, parameter in model.named_parameters()}
+
+
+def _tensor(array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
+    # a copy: PyTorch takes neither read-only memory nor foreign byte order nor negative strides
+    copy = np.array(array, order="C")
+    if copy.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(copy.astype(copy.dtype.newbyteorder("="), copy=False))
+
+
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    if tensor.dtype == torch.bfloat16:
+        return np.array(tensor.contiguous().view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+    return np.array(tensor.numpy(), order="C")
+
+
+def initialize(module: nn.Module, seed: int | None, *, config: ModelConfig | None = None) -> None:
+    """Fill the whole tree from ``twinformer.initializers``, by paths from ``module``.
+
+    A model gives its ``config``, which names the initialiser; a building block draws Xavier uniform (Glorot & Bengio 2010).
+    ``seed=None`` leaves the weights as they are.
+    """
+    if seed is None:
+        return
+    if config is not None:
+        load_weights(module, initial_weights(config, seed))
+        return
+    drawn: dict[str, npt.NDArray[np.float32]] = {}
+    for norm_weight in ("plain", "one_plus"):
+        drawn |= draw_weights(
+            _leaves(module, cast(NormWeight, norm_weight)), seed, norm_weight=cast(NormWeight, norm_weight)
+        )
+    load_weights(module, drawn)
+
+
+def _leaves(module: nn.Module, norm_weight: NormWeight) -> dict[str, Parameter]:
+    """The parameters that are owned by modules of this ``norm_weight``; all but norms count as plain."""
+    found = {}
+    for prefix, owner in module.named_modules():
+        if getattr(owner, "norm_weight", "plain") != norm_weight:
+            continue
+        for name, parameter in owner.named_parameters(recurse=False):
+            kind = cast(Kind, "bias" if name == "bias" else owner.kind)
+            found[f"{prefix}.{name}".removeprefix(".")] = Parameter(tuple(parameter.shape), kind)
+    return found
+
+
+def load(
+    directory: str | PathLike[str],
+    *,
+    dtype: DType | None = None,
+    device: torch.device | str | None = None,
+    finite: bool = False,
+) -> nn.Module:
+    """The model in a model directory, on ``device``; ``dtype`` sets param_dtype and compute_dtype.
+
+    Raises CheckpointError for a directory that cannot be read, ConfigError and WeightsError for what is in it.
+    """
+    from torch_impl.models import build
+    from twinformer.checkpoint import read_model
+
+    config, tensors = read_model(directory)
+    model = build(config if dtype is None else config.with_dtype(dtype), seed=None)
+    load_weights(model, tensors, finite=finite)
+    return model.to(device)
+
+
+def save(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Write the model's config and weights as a model directory. Raises CheckpointError where it cannot."""
+    from twinformer.checkpoint import write_model
+
+    write_model(directory, model.config, export_weights(model))

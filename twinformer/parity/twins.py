@@ -1,0 +1,262 @@
+"""The two systems under judgement behind one interface: NumPy in, NumPy out.
+
+This is the one place of the project that sees both frameworks. A run gives the output, what every module gave
+on the way (by path, in the order in which they finished) and, on request, the gradients with respect to
+every parameter and to every module's output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from flax import nnx
+
+import flax_impl
+import torch_impl
+from twinformer.parity.case import Arrays, Case
+from twinformer.parity.compare import FloatArray, widened
+
+Precision = Literal["default", "highest"]
+
+
+@dataclass
+class Run:
+    """What one twin did with a case. Modules are named ``path`` or ``path#n`` from their second call on."""
+
+    output: FloatArray
+    modules: dict[str, FloatArray]
+    gradients: dict[str, FloatArray] = field(default_factory=dict)
+    module_gradients: dict[str, FloatArray] = field(default_factory=dict)
+
+
+class Twin(Protocol):
+    """One of the two implementations."""
+
+    name: str
+
+    def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        """The framework's own leaves after loading, under the framework's own names and layouts."""
+
+    def exported(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        """The leaves as the twin's bridge writes them."""
+
+    def run(self, case: Case, *, gradients: bool = False, precision: Precision = "highest") -> Run:
+        """Run the model on the case's inputs."""
+
+    def versions(self) -> dict[str, str]:
+        """The framework's versions and device."""
+
+
+class TorchTwin:
+    """``torch_impl``, eager, watched through forward hooks."""
+
+    name = "torch_impl"
+
+    def _model(self, case: Case) -> torch.nn.Module:
+        model: torch.nn.Module = torch_impl.build(case.config.replace(remat=False), seed=None)
+        torch_impl.load_weights(model, case.tensors)
+        return model
+
+    def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        return {path: _from_torch(leaf) for path, leaf in self._model(case).state_dict().items()}
+
+    def exported(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        return torch_impl.export_weights(self._model(case))
+
+    def run(self, case: Case, *, gradients: bool = False, precision: Precision = "highest") -> Run:
+        model = self._model(case)
+        inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
+        calls: dict[str, torch.Tensor] = {}
+        with _torch_precision(precision), _torch_watch(model, calls), torch.set_grad_enabled(gradients):
+            output = model(**inputs)
+            if gradients:
+                for seen in calls.values():
+                    if seen.requires_grad:
+                        seen.retain_grad()
+                (output.to(torch.float64) * torch.from_numpy(case.cotangent)).sum().backward()
+        run = Run(widened(_from_torch(output)), {name: widened(_from_torch(seen)) for name, seen in calls.items()})
+        if gradients:
+            for path, parameter in model.named_parameters():
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                run.gradients[path] = widened(_from_torch(gradient))
+            run.module_gradients = {
+                name: widened(_from_torch(seen.grad)) for name, seen in calls.items() if seen.grad is not None
+            }
+        return run
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__, "device": "cpu", "threads": str(torch.get_num_threads())}
+
+
+class FlaxTwin:
+    """``flax_impl``, compiled by ``jax.jit``, watched by wrapping the calls of its modules while it is traced."""
+
+    name = "flax_impl"
+
+    def _model(self, case: Case) -> nnx.Module:
+        model = flax_impl.build(case.config.replace(remat=False), seed=None)
+        flax_impl.load_weights(model, case.tensors)
+        return model
+
+    def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        with _x64(case):
+            return _named_leaves(nnx.state(self._model(case)))
+
+    def exported(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        with _x64(case):
+            exported: dict[str, npt.NDArray[Any]] = flax_impl.export_weights(self._model(case))
+            return exported
+
+    def run(self, case: Case, *, gradients: bool = False, precision: Precision = "highest") -> Run:
+        setting = None if precision == "default" else precision
+        with _x64(case), jax.default_matmul_precision(setting):
+            return self._run(case, gradients)
+
+    def _run(self, case: Case, gradients: bool) -> Run:
+        graphdef, state = nnx.split(self._model(case))
+        inputs = {name: jnp.asarray(value) for name, value in case.inputs.items()}
+        wide = jnp.float64 if case.config.compute_dtype == "float64" else jnp.float32
+        cotangent = jnp.asarray(case.cotangent, wide)
+
+        def scalar(state: Any, probes: dict[str, Any]) -> tuple[Any, Any]:
+            model = nnx.merge(graphdef, state)
+            calls: dict[str, Any] = {}
+            with _flax_watch(model, calls, probes):
+                output = model(**inputs)
+            return (output.astype(wide) * cotangent).sum(), (output, calls)
+
+        if not gradients:
+            output, calls = jax.jit(lambda state: scalar(state, {})[1])(state)
+            return Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
+        shapes = jax.eval_shape(lambda state: scalar(state, {})[1][1], state)
+        probes = {
+            name: jnp.zeros(shape.shape, shape.dtype)
+            for name, shape in shapes.items()
+            if jnp.issubdtype(shape.dtype, jnp.floating)
+        }
+        differentiated = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))
+        (_, (output, calls)), (of_state, of_modules) = differentiated(state, probes)
+        run = Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
+        run.gradients = {path: widened(leaf) for path, leaf in in_pytorch_layout(_named_leaves(of_state)).items()}
+        run.module_gradients = {name: widened(np.asarray(leaf)) for name, leaf in of_modules.items()}
+        return run
+
+    def versions(self) -> dict[str, str]:
+        return {"jax": jax.__version__, "flax": flax.__version__, "device": jax.default_backend()}
+
+
+def in_pytorch_layout(leaves: Arrays) -> Arrays:
+    """Flax leaves under PyTorch's names and layouts: the judge's own reading of the suffix rules."""
+    found: Arrays = {}
+    for path, leaf in leaves.items():
+        owner, _, name = path.rpartition(".")
+        if name == "kernel":
+            found[f"{owner}.weight"] = leaf.T
+        elif name in ("scale", "embedding"):
+            found[f"{owner}.weight"] = leaf
+        else:
+            found[path] = leaf
+    return found
+
+
+def _named_leaves(state: Any) -> Arrays:
+    return {".".join(str(part) for part in path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
+
+
+def _from_torch(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _nth(calls: dict[str, Any], path: str) -> str:
+    """The name under which the next call of ``path`` is kept."""
+    name, n = path, 2
+    while name in calls:
+        name, n = f"{path}#{n}", n + 1
+    return name
+
+
+@contextlib.contextmanager
+def _torch_watch(model: torch.nn.Module, calls: dict[str, torch.Tensor]) -> Iterator[None]:
+    def hook(path: str) -> Any:
+        def keep(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+            # a tensor of its own: a module may return what it was given, whose gradient is another one
+            calls[_nth(calls, path)] = seen = output.clone()
+            return seen
+
+        return keep
+
+    handles = [
+        module.register_forward_hook(hook(path)) for path, module in model.named_modules() if path and _runs(module)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _runs(module: torch.nn.Module) -> bool:
+    return not isinstance(module, torch.nn.ModuleList)
+
+
+@contextlib.contextmanager
+def _flax_watch(model: nnx.Module, calls: dict[str, Any], probes: dict[str, Any]) -> Iterator[None]:
+    """Keep what each module returns; add ``probes`` (zeros) to it, whose gradients are those of the outputs."""
+    paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model) if path}
+    originals = {
+        cls: cls.__dict__["__call__"]
+        for path, module in nnx.iter_modules(model)
+        for cls in type(module).__mro__
+        if path and "__call__" in cls.__dict__
+    }
+
+    def watched(original: Any) -> Any:
+        def call(self: Any, *arguments: Any, **options: Any) -> Any:
+            output = original(self, *arguments, **options)
+            path = paths.get(id(self))
+            if path is None:
+                return output
+            name = _nth(calls, path)
+            calls[name] = output = output + probes[name] if name in probes else output
+            return output
+
+        return call
+
+    for cls, original in originals.items():
+        setattr(cls, "__call__", watched(original))  # noqa: B010
+    try:
+        yield
+    finally:
+        for cls, original in originals.items():
+            setattr(cls, "__call__", original)  # noqa: B010
+
+
+@contextlib.contextmanager
+def _torch_precision(precision: Precision) -> Iterator[None]:
+    """PyTorch's own default is the highest precision; asking for it again must not leave a mark."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _x64(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """64-bit JAX only for a float64 case: others run as users run them."""
+    manager: contextlib.AbstractContextManager[Any] = jax.enable_x64(case.config.compute_dtype == "float64")
+    return manager

@@ -1,0 +1,45 @@
+"""What a rung found: a verdict, the figures behind it, and the first place of disagreement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from twinformer.parity.compare import Comparison, ErrorPair, worst_of
+
+Verdict = Literal["agree", "differ", "cannot tell", "not run"]
+
+
+@dataclass
+class Rung:
+    """The outcome of one rung.
+
+    ``problems`` are disagreements (or, with "cannot tell", the reasons why); ``culprit`` names the module
+    where a difference first appears; ``notes`` are said but decide nothing.
+    """
+
+    verdict: Verdict
+    checked: str
+    comparisons: list[Comparison | ErrorPair] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    culprit: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def worst(self) -> Comparison | ErrorPair | None:
+        """The comparison nearest to its bound, or furthest beyond."""
+        return worst_of(self.comparisons)
+
+
+def rung_of(
+    checked: str, comparisons: Sequence[Comparison | ErrorPair], problems: Sequence[str] = (), culprit: str = ""
+) -> Rung:
+    """Agreement if there were comparisons, all agree, and there are no other problems."""
+    failed = [comparison for comparison in comparisons if not comparison.agrees]
+    if failed or problems:
+        found = [*problems, *(comparison.describe() for comparison in failed)]
+        return Rung("differ", checked, list(comparisons), found, culprit)
+    if not comparisons:
+        return Rung("cannot tell", checked, [], ["nothing was compared"])
+    return Rung("agree", checked, list(comparisons))
