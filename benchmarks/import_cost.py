@@ -87,13 +87,11 @@ def table(rows: Sequence[dict[str, object]], rounds: int) -> str:
         "| twin | framework | framework s | twin adds s (lowest to highest) | share | limit | holds |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            "| {twin} | {framework} | {framework_seconds:.3f} | {added_seconds:.3f} ({added_seconds_lowest:.3f} to "
-            "{added_seconds_highest:.3f}) | {added_share:.1%} | {limit:.0%} | {verdict} |".format(
-                **row, verdict="yes" if row["holds"] else "NO"
-            )
-        )
+    line = (
+        "| {twin} | {framework} | {framework_seconds:.3f} | {added_seconds:.3f} ({added_seconds_lowest:.3f} to "
+        "{added_seconds_highest:.3f}) | {added_share:.1%} | {limit:.0%} | {verdict} |"
+    )
+    lines += [line.format(**row, verdict="yes" if row["holds"] else "NO") for row in rows]
     return "\n".join(lines)
 
 

@@ -53,7 +53,8 @@ def fold(key: Key, number: int | np.integer[Any] | Integer[Array | np.ndarray, "
     """
     word = np.uint32(number) if isinstance(number, int) else jnp.asarray(number).astype(jnp.uint32)
     counter = jnp.zeros(4, jnp.uint32).at[0].set(word).at[3].set(1)
-    return philox(counter, _words(key))[:2]
+    words: Array = philox(counter, _words(key))
+    return words[:2]
 
 
 def fold_if(key: Key | None, number: int) -> UInt32[Array, "2"] | None:
@@ -72,7 +73,8 @@ def random_words(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     problems.raise_if_any()
     blocks = jnp.arange(-(-size // 4), dtype=jnp.uint32)
     counters = jnp.pad(blocks[:, None], ((0, 0), (0, 3)))
-    return philox(counters, _words(key)).reshape(-1)[:size].reshape(shape)
+    words: Array = philox(counters, _words(key))
+    return words.reshape(-1)[:size].reshape(shape)
 
 
 class Dropout(nnx.Module):

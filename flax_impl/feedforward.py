@@ -60,9 +60,7 @@ class FeedForward(nnx.Module):
         check_dtypes("FeedForward", param_dtype=param_dtype, compute_dtype=compute_dtype)
 
         def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(
-                inputs, outputs, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None
-            )
+            return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
 
         self.model_dim, self.activation = model_dim, activation
         self.up = linear(model_dim, hidden_dim)

@@ -4,7 +4,7 @@
 float64 when a module computes in float64, else float32.
 """
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def check_dtypes(where: str, **dtypes: str) -> None:
     for name, dtype in dtypes.items():
         problems.expect(dtype in FLOATS, f"{name}: expected one of {', '.join(map(repr, FLOATS))}, got {dtype!r}")
         problems.expect(
-            dtype != "float64" or bool(jax.config.jax_enable_x64),
+            dtype != "float64" or jax.dtypes.canonicalize_dtype("float64") == "float64",
             f"{name}: expected jax_enable_x64 to be on for 'float64' "
             "(jax.config.update('jax_enable_x64', True)), got it off",
         )
@@ -58,6 +58,13 @@ def matmul(X: Float[Array, "..."], Y: Float[Array, "..."]) -> Float[Array, "..."
     return jnp.matmul(X, Y)
 
 
+class Outline(NamedTuple):
+    """Shape and dtype of an array, which is all that most checks look at."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
 def extremes(ids: Any) -> tuple[int | None, int | None]:
     """Lowest and highest of some ids; None where they cannot be known (traced, empty, or no whole numbers)."""
     if ids is None or isinstance(ids, jax.core.Tracer) or ids.size == 0 or dtype_name(ids) not in INTEGERS:
@@ -69,11 +76,9 @@ def extremes(ids: Any) -> tuple[int | None, int | None]:
 def check_ids(where: str, name: str, ids: Any, size: int) -> None:
     """Raise InputError unless ``ids``, of any shape, are whole numbers from 0 to ``size - 1`` as far as can be seen."""
     count = max(1, int(np.prod(ids.shape)))
-    line = jax.ShapeDtypeStruct((1, count), ids.dtype)
+    line = Outline((1, count), ids.dtype)
     lowest, highest = extremes(ids)
-    check_tokens(
-        where, tokens=line, name=name, vocab_size=size, context_length=count, lowest=lowest, highest=highest
-    )
+    check_tokens(where, tokens=line, name=name, vocab_size=size, context_length=count, lowest=lowest, highest=highest)
 
 
 def take_rows(

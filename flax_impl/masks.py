@@ -63,9 +63,7 @@ def quarantine(X: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], Bool[Ar
     return jnp.where(broken[..., None], 0, X), broken
 
 
-def exposed(
-    broken: Bool[Array, "B S"], allowed: Bool[Array | np.ndarray, "..."] | None
-) -> Bool[Array, "B #T"]:
+def exposed(broken: Bool[Array, "B S"], allowed: Bool[Array | np.ndarray, "..."] | None) -> Bool[Array, "B T_or_1"]:
     """The queries that may attend to a broken row, in any head. Without a mask all may: one entry stands for all."""
     seen = broken[:, None, None, :]
     if allowed is not None:

@@ -155,7 +155,7 @@ class RotaryEncoding(nnx.Module):
         return jnp.concatenate([turned.astype(X.dtype), X[..., R:]], axis=-1)
 
     def frequencies(self) -> Float64[np.ndarray, " R_half"]:
-        """One frequency for each pair, scaled: linear (Chen et al. 2023), llama3 (Llama 3.1), yarn (Peng et al. 2023)."""
+        """One frequency for each pair, scaled as ``RotaryScaling`` says and cites."""
         R, scaling = self.rotary_dim, self.scaling
         i = np.arange(R // 2)
         f: Float64[np.ndarray, " R_half"] = self.base ** (-2 * i / R)
@@ -168,9 +168,7 @@ class RotaryEncoding(nnx.Module):
             low, high = scaling.low_freq_factor, scaling.high_freq_factor
             s = (original / wavelength - low) / (high - low)
             between = (1 - s) * slow + s * f
-            return np.where(
-                wavelength > original / low, slow, np.where(wavelength < original / high, f, between)
-            )
+            return np.where(wavelength > original / low, slow, np.where(wavelength < original / high, f, between))
         if scaling.kind == "yarn":
             lo, hi = (self._dimension_of(rotations) for rotations in (scaling.beta_fast, scaling.beta_slow))
             if scaling.truncate:
@@ -179,7 +177,7 @@ class RotaryEncoding(nnx.Module):
             if lo == hi:
                 hi += 0.001
             ramp = np.clip((i - lo) / (hi - lo), 0, 1)
-            return slow * ramp + f * (1 - ramp)
+            f = slow * ramp + f * (1 - ramp)
         return f
 
     def _dimension_of(self, rotations: float) -> float:
@@ -248,7 +246,7 @@ class RelativeBias(nnx.Module):
         return first + jnp.minimum(d, m) + jnp.sum(reached, axis=-1, dtype=n.dtype)
 
 
-def alibi_slopes(num_heads: int) -> Float64[np.ndarray, "{num_heads}"]:
+def alibi_slopes(num_heads: int) -> Float64[np.ndarray, " A"]:
     """``2^(-8(a+1)/A)`` for A a power of two; else those of the power P below, then every other one of 2P.
 
     Source: Press et al. 2022, arXiv:2108.12409, and the code released with it.
@@ -266,16 +264,14 @@ def alibi_bias(
     key_positions: Integer[Array | np.ndarray, "#B S"],
     *,
     compute_dtype: DType = "float32",
-) -> Float[Array, "#B {num_heads} T S"]:
+) -> Float[Array, "#B A T S"]:
     """``-slope_a · |query - key|``, wide for ``compute_dtype``. Source: as ``alibi_slopes``."""
     wide = wide_dtype(compute_dtype)
     slopes = jnp.asarray(alibi_slopes(num_heads), wide)[:, None, None]
     return -slopes * jnp.abs(_distance(query_positions, key_positions))[:, None].astype(wide)
 
 
-def _distance(
-    query_positions: Positions, key_positions: Integer[Array | np.ndarray, "#B S"]
-) -> Int[Array, "#B T S"]:
+def _distance(query_positions: Positions, key_positions: Integer[Array | np.ndarray, "#B S"]) -> Int[Array, "#B T S"]:
     """``key - query``, signed whatever the dtype of the positions."""
     query, key = (jnp.asarray(positions).astype(jnp.int32) for positions in (query_positions, key_positions))
     return key[:, None, :] - query[:, :, None]

@@ -1,4 +1,4 @@
-"""AttentionLayer of both twins: by hand, against torch.nn, against loops in NumPy, and where rows see nothing or NaN."""
+"""AttentionLayer of both twins: by hand, against torch.nn and loops in NumPy, and where rows see nothing or NaN."""
 
 import jax
 import numpy as np
@@ -127,7 +127,7 @@ def test_by_hand_cross_attention(twin):
 
 @both
 def test_by_hand_softcap(twin):
-    """A cap of c = 2 ln 3 makes a score of (ln 3)² into ln 3: (ln 3)²/c = (ln 3)/2 = artanh(1/2), and c · 1/2 = ln 3."""
+    """A cap of c = 2 ln 3 turns (ln 3)² into ln 3: (ln 3)²/c = (ln 3)/2 = artanh(1/2), and c/2 = ln 3."""
     layer = identity_layer(twin, size=4, softcap=2 * LN3)
     set_parameters(layer, parameters(layer) | {"query.weight": 2 * LN3 * LN3 * np.eye(4)})
     X = np.array([[[1.0, 0, 0, 0], [0, 1.0, 0, 0]]])
@@ -161,7 +161,7 @@ def test_by_hand_four_heads_share_two_keys(twin):
 
 @both
 def test_by_hand_scale(twin):
-    """key_dim is 4 but model_dim 2: the score is divided by sqrt(4), not by sqrt(2) and not by sqrt(model_dim · heads)."""
+    """key_dim is 4 but model_dim 2: the score is divided by sqrt(4), not by sqrt(2)."""
     layer = attention(twin, 2, 4, 1, value_dim=2)
     into_four = np.array([[1.0, 0], [0, 1], [0, 0], [0, 0]])
     values = {"query.weight": 2 * LN3 * into_four, "key.weight": into_four}
@@ -383,7 +383,7 @@ def test_cross_attention_against_loops(twin, options, masks):
 
 @both
 def test_notebook_cell(twin):
-    """A layer as the notebook has it: ``mask`` [T, T] for self-attention, given together with H_enc of another length."""
+    """The notebook's layer: ``mask`` [T, T] is for self-attention, here given together with H_enc of another length."""
     layer = twin.file("attention").AttentionLayer(model_dim=24, key_dim=3, num_heads=4)
     X = random_array(1, 10, 10, 24).astype(np.float32)
     Y = random_array(2, 10, 8, 24).astype(np.float32)
@@ -549,7 +549,7 @@ def clean_and_dirty(place, junk, *, cross):
 @pytest.mark.parametrize("kind", ["bool", "-inf"])
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_hidden_content_does_not_leak(twin, call, junk, kind, cross):
-    """Hidden rows hold NaN or infinity: the other rows, and every gradient of them, are those of finite rows, exactly."""
+    """Hidden rows hold NaN or infinity: the other rows, and every gradient of them, are those of finite rows."""
     layer, _, _ = build(twin, LAYERS["biases"] | {"softcap": 2.0})
     for place in ("whole row", "one entry"):
         clean, dirty, hidden = clean_and_dirty(place, JUNK[junk], cross=cross)
@@ -596,7 +596,7 @@ def test_future_does_not_leak_under_causal(twin, call, window):
 
 @every_mode
 def test_visible_nan_shows(twin, call):
-    """A query that may attend to a row that is not finite gives NaN; each head's own mask decides, and rows stay apart."""
+    """A query that may attend to a row that is not finite gives NaN; each head's own mask decides."""
     layer, _, _ = build(twin, {"num_heads": 2})
     X, H = random_array(85, B, T, D), random_array(86, B, S, D)
     H[0, 1, 2] = np.inf

@@ -8,9 +8,7 @@ import pytest
 
 from parity_tests import references
 from parity_tests.helpers import (
-    FLAX,
     FLOAT64,
-    TORCH,
     assert_close,
     assert_twins_agree,
     both,
@@ -151,9 +149,8 @@ def test_scale_is_rounded_to_the_compute_dtype(twin):
     set_parameters(module, {"tokens.weight": table})
     expected = (table.astype(np.float64) * 34.0).astype(ml_dtypes.bfloat16)[TOKENS]
     assert_close(module(twin.array(TOKENS)), expected, 0.0)
-    with pytest.raises(AssertionError, match="off by"):
-        unrounded = (table.astype(np.float64) * 1152**0.5).astype(ml_dtypes.bfloat16)[TOKENS]
-        assert_close(module(twin.array(TOKENS)), unrounded, 0.0)
+    unrounded = (table.astype(np.float64) * 1152**0.5).astype(ml_dtypes.bfloat16)[TOKENS]
+    assert (unrounded != expected).any(), "the two conventions cannot be told apart here"
 
 
 @both
@@ -189,14 +186,14 @@ def test_unembed_square(twin):
     assert_close(twin.file("embeddings").unembed(twin.array(h), twin.array(E)), h @ E.T)
 
 
-def test_unembed_softcap_is_wide():
-    """In bfloat16 the cap is computed in float32 and rounded once."""
+@both
+def test_unembed_softcap_is_wide(twin):
+    """In bfloat16 the cap is computed wide and rounded once: each element within half a unit in its last place."""
     h, E = random_array(9, B, T, D).astype(ml_dtypes.bfloat16), random_array(10, V, D).astype(ml_dtypes.bfloat16)
-    capped, plain = {}, {}
-    for twin in (TORCH, FLAX):
-        unembed = twin.file("embeddings").unembed
-        plain = to_numpy(unembed(twin.array(h), twin.array(E)))
-        assert plain.dtype == ml_dtypes.bfloat16
-        capped = unembed(twin.array(h), twin.array(E), softcap=3.0)
-        wide = np.float32(3.0) * np.tanh(plain.astype(np.float32) / np.float32(3.0))
-        assert_close(capped, wide.astype(ml_dtypes.bfloat16), 2**-8)
+    unembed = twin.file("embeddings").unembed
+    plain = to_numpy(unembed(twin.array(h), twin.array(E)))
+    assert plain.dtype == ml_dtypes.bfloat16
+    capped = to_numpy(unembed(twin.array(h), twin.array(E), softcap=3.0))
+    assert capped.dtype == ml_dtypes.bfloat16
+    wide = 3.0 * np.tanh(plain.astype(np.float64) / 3.0)
+    assert (abs(capped.astype(np.float64) - wide) <= 2**-8 * 1.001 * abs(wide)).all()

@@ -297,7 +297,7 @@ def test_twins_agree_with_dropout():
 
 @both
 def test_each_block_has_its_own_masks(twin):
-    """Block i draws from ``fold(rng, i)``: by the loops with those factors, and not with the same ones in both blocks."""
+    """Block i draws from ``fold(rng, i)``: the loops agree with those factors, not with block 0's in both."""
     rate, seed = 0.4, 3
     config = config_of(dropout=rate, final_norm=False)
     stack = stack_of(twin, config)

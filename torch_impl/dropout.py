@@ -4,8 +4,6 @@ Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as
 function of a counter and a key: no generator, no state, the same words on every machine and in both twins.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 
@@ -19,6 +17,8 @@ WORD = 0xFFFFFFFF  # a 32-bit word, all ones; words are kept in int64
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
+
+Key = Int64[Tensor, "2"]  # two words; it may lie on the host while what it is for lies elsewhere
 
 
 def philox(counter: Iterable[int | Tensor], key: Iterable[int | Tensor]) -> tuple[int | Tensor, ...]:
@@ -48,21 +48,21 @@ def _product(word: int | Tensor, multiplier: int) -> tuple[int | Tensor, int | T
     return (product >> 32) + word, product & WORD
 
 
-def random_key(seed: int) -> Int64[Tensor, "2"]:
+def random_key(seed: int) -> Key:
     """The key of a seed from 0 to 2⁶⁴ - 1: its low and its high 32-bit word. Raises InputError for another."""
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise InputError("random_key", [f"seed: expected a whole number from 0 to 2**64 - 1, got {seed!r}"])
     return torch.tensor([seed & WORD, seed >> 32], dtype=torch.int64)
 
 
-def fold(key: Int64[Tensor, "2"], number: int | Int[Tensor, ""]) -> Int64[Tensor, "2"]:
+def fold(key: Key, number: int | Int[Tensor, ""]) -> Key:
     """The key of place ``number`` under ``key``: words 0 and 1 of ``philox((number, 0, 0, 1), key)``."""
     if isinstance(number, Tensor):
         return torch.stack(_tensors(philox((number.to(key), 0, 0, 1), key.unbind())[:2]))
     return fold_each(key, [number])[0]
 
 
-def fold_each(key: Int64[Tensor, "2"], numbers: Sequence[int]) -> list[Int64[Tensor, "2"]]:
+def fold_each(key: Key, numbers: Sequence[int]) -> list[Key]:
     """``[fold(key, number) for number in numbers]``, at once."""
     if torch.compiler.is_compiling():  # one vector of counters: a seventh of the program
         counter = torch.tensor(numbers, dtype=torch.int64, device=key.device)
@@ -72,12 +72,12 @@ def fold_each(key: Int64[Tensor, "2"], numbers: Sequence[int]) -> list[Int64[Ten
     return list(torch.tensor(words, dtype=torch.int64, device=key.device).unbind())
 
 
-def places(rng: Int64[Tensor, "2"] | None, count: int) -> Sequence[Int64[Tensor, "2"] | None]:
+def places(rng: Key | None, count: int) -> Sequence[Key | None]:
     """The keys of places ``0 … count - 1`` under ``rng``; without ``rng``, None for each."""
     return [None] * count if rng is None else fold_each(rng, range(count))
 
 
-def random_words(key: Int64[Tensor, "2"], shape: Sequence[int]) -> Int64[Tensor, "..."]:
+def random_words(key: Key, shape: Sequence[int]) -> Int64[Tensor, "..."]:
     """Words 0 … 2³² - 1: element ``i``, row by row, is word ``i mod 4`` of ``philox((i // 4, 0, 0, 0), key)``.
 
     Fewer than 2³² elements.
@@ -96,7 +96,7 @@ def _tensors(words: tuple[int | Tensor, ...]) -> list[Tensor]:
     return [word for word in words if isinstance(word, Tensor)]
 
 
-def drop(X: Float[Tensor, "*shape"], rate: float, rng: Int64[Tensor, "2"] | None) -> Float[Tensor, "*shape"]:
+def drop(X: Float[Tensor, "*shape"], rate: float, rng: Key | None) -> Float[Tensor, "*shape"]:
     """``X / (1 - rate)`` where the element's word is at least ``floor(rate · 2³²)``, elsewhere 0 (a NaN too).
 
     One word for each element. ``rate`` 0 or ``rng`` None: X as it is.
@@ -119,7 +119,7 @@ class Dropout(nn.Module):
             raise ConfigError("Dropout", [f"rate: expected a rate in [0, 1), got {rate}"])
         self.rate = rate
 
-    def forward(self, X: Float[Tensor, "*shape"], rng: Int64[Tensor, "2"] | None = None) -> Float[Tensor, "*shape"]:
+    def forward(self, X: Float[Tensor, "*shape"], rng: Key | None = None) -> Float[Tensor, "*shape"]:
         return drop(X, self.rate, rng)
 
     def extra_repr(self) -> str:

@@ -1,13 +1,11 @@
 """The feed-forward layer: the same small network at every position."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_impl.dropout import Dropout
+from torch_impl.dropout import Dropout, Key
 from torch_impl.linear import Linear
 from torch_impl.weights import initialize
 from twinformer.checks import check_sizes, check_width
@@ -38,8 +36,8 @@ def activate(X: Float[Tensor, "*shape"], name: Activation) -> Float[Tensor, "*sh
 class FeedForward(nn.Module):
     """``down(dropout(f(up X)))``; gated: ``down(dropout(f(gate X) · up X))``, for ``X [..., D]``.
 
-    Book, chapter "Transformers", "Feedforward layer"; gates: Shazeer 2020, arXiv:2002.05202. Raises InputError for another
-    width or a dtype that is no float.
+    Book, chapter "Transformers", "Feedforward layer"; gates: Shazeer 2020, arXiv:2002.05202. Raises InputError for
+    another width or a dtype that is no float.
     """
 
     def __init__(
@@ -61,9 +59,7 @@ class FeedForward(nn.Module):
         self.activation: Activation = activation
 
         def linear(in_dim: int, out_dim: int) -> Linear:
-            return Linear(
-                in_dim, out_dim, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None
-            )
+            return Linear(in_dim, out_dim, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
 
         self.up = linear(model_dim, hidden_dim)
         self.gate = linear(model_dim, hidden_dim) if gated else None
@@ -72,7 +68,7 @@ class FeedForward(nn.Module):
         activate(torch.zeros(1), activation)  # an unknown name is an error here, not at the first call
         initialize(self, seed)
 
-    def forward(self, X: Float[Tensor, "*rows D"], *, rng: Int64[Tensor, "2"] | None = None) -> Float[Tensor, "*rows D"]:
+    def forward(self, X: Float[Tensor, "*rows D"], *, rng: Key | None = None) -> Float[Tensor, "*rows D"]:
         if not torch.compiler.is_compiling():
             check_width("FeedForward", X=X, width=self.model_dim)
         if self.gate is None:

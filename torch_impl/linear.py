@@ -4,8 +4,6 @@ Parameters are stored in ``param_dtype`` and cast, with the input, to ``compute_
 is float64 when computing in float64, else float32: norm statistics, angles, scores and softmax are wide.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from jaxtyping import Float

@@ -4,11 +4,11 @@ A boolean mask says True = may attend. A float mask is added to the wide scores,
 broadcast to ``[B, A, T, S]``.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]
 
 
 def causal_mask(
@@ -42,9 +42,7 @@ def positions_from(real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (real.cumsum(-1) - 1).clamp(min=0)
 
 
-def split_mask(
-    mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None, wide: torch.dtype
-) -> tuple[Bool[Tensor, "..."] | None, Float[Tensor, "..."] | None]:
+def split_mask(mask: Mask | None, wide: torch.dtype) -> tuple[Bool[Tensor, "..."] | None, Float[Tensor, "..."] | None]:
     """A mask of either kind as (what may be attended to, what is added to the scores in the wide dtype)."""
     if mask is None or mask.dtype == torch.bool:
         return mask, None
@@ -84,8 +82,8 @@ def quarantine(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[
     return X.masked_fill(broken[..., None], 0.0), broken
 
 
-def exposed(broken: Bool[Tensor, "B S"], allowed: Bool[Tensor, "#B #A #T #S"] | None) -> Bool[Tensor, "B #T"]:
+def exposed(broken: Bool[Tensor, "B S"], allowed: Bool[Tensor, "..."] | None) -> Bool[Tensor, "B ..."]:
     """Queries that may attend, in any head, to a broken key."""
     if allowed is None:
         return broken.any(-1, keepdim=True)
-    return (allowed & padding_mask(broken)).any(-1).any(1)
+    return (allowed & padding_mask(broken)).any(-1).any(1)  # [B, A or 1, T or 1, S] -> [B, T or 1]

@@ -5,8 +5,6 @@ and the result is cast to compute_dtype (Llama's order is ``"before_weight"``: t
 then multiplied by the cast factor and added to the cast bias).
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn

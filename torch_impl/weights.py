@@ -4,10 +4,9 @@ A path is the path of attributes that leads to a parameter, and the orientation 
 renamed or turned here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, cast
 
 import ml_dtypes
@@ -24,10 +23,10 @@ from twinformer.parameters import Kind, Parameter
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Any], *, finite: bool = False) -> None:
-    """Set every parameter of the model from ``tensors``: path -> NumPy array or tensor, cast to the parameter's dtype.
+    """Set every parameter from ``tensors``: path -> NumPy array or tensor, cast to the parameter's dtype.
 
-    Raises one WeightsError that names every missing, unexpected, mis-shaped and non-float leaf, and with ``finite`` every
-    one that holds NaN or infinity; nothing is changed then.
+    Raises one WeightsError that names every missing, unexpected, mis-shaped and non-float leaf, and with ``finite``
+    every one that holds NaN or infinity; nothing is changed then.
     """
     problems = Problems(type(model).__name__, WeightsError)
     parameters = dict(model.named_parameters())
@@ -38,9 +37,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], *, finite: bool =
         array = tensors[path]
         have, want = tuple(array.shape), tuple(parameter.shape)
         problems.expect(have == want, f"{path}: expected shape {want}, got {have}")
-        if problems.expect(
-            dtype_name(array) in FLOATS, f"{path}: expected a float dtype, got {dtype_name(array)}"
-        ) and finite:
+        if (
+            problems.expect(dtype_name(array) in FLOATS, f"{path}: expected a float dtype, got {dtype_name(array)}")
+            and finite
+        ):
             count = int((~_tensor(array).isfinite()).sum())
             problems.expect(count == 0, f"{path}: expected finite values, got {count} that are not")
     for path in tensors:
@@ -75,8 +75,8 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
 def initialize(module: nn.Module, seed: int | None, *, config: ModelConfig | None = None) -> None:
     """Fill the whole tree from ``twinformer.initializers``, by paths from ``module``.
 
-    A model gives its ``config``, which names the initialiser; a building block draws Xavier uniform (Glorot & Bengio 2010).
-    ``seed=None`` leaves the weights as they are.
+    A model gives its ``config``, which names the initialiser; a building block draws Xavier uniform (Glorot & Bengio
+    2010). ``seed=None`` leaves the weights as they are.
     """
     if seed is None:
         return
@@ -84,10 +84,9 @@ def initialize(module: nn.Module, seed: int | None, *, config: ModelConfig | Non
         load_weights(module, initial_weights(config, seed))
         return
     drawn: dict[str, npt.NDArray[np.float32]] = {}
-    for norm_weight in ("plain", "one_plus"):
-        drawn |= draw_weights(
-            _leaves(module, cast(NormWeight, norm_weight)), seed, norm_weight=cast(NormWeight, norm_weight)
-        )
+    norm_weights: tuple[NormWeight, ...] = ("plain", "one_plus")
+    for norm_weight in norm_weights:
+        drawn |= draw_weights(_leaves(module, norm_weight), seed, norm_weight=norm_weight)
     load_weights(module, drawn)
 
 
@@ -117,7 +116,7 @@ def load(
     from torch_impl.models import build
     from twinformer.checkpoint import read_model
 
-    config, tensors = read_model(directory)
+    config, tensors = read_model(Path(directory))
     model = build(config if dtype is None else config.with_dtype(dtype), seed=None)
     load_weights(model, tensors, finite=finite)
     return model.to(device)
@@ -127,4 +126,4 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Write the model's config and weights as a model directory. Raises CheckpointError where it cannot."""
     from twinformer.checkpoint import write_model
 
-    write_model(directory, model.config, export_weights(model))
+    write_model(Path(directory), cast(ModelConfig, model.config), export_weights(model))

@@ -72,7 +72,7 @@ def parity(
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import jax
 
-        jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
         from twinformer.parity.judge import check_rungs, judge
         from twinformer.parity.rungs import RUNNABLE
         from twinformer.parity.subjects import find
@@ -109,11 +109,24 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _told_plainly() -> Iterator[None]:
-    """Expected errors become one message and exit code 2; Ctrl-C ends quietly."""
+    """Expected errors become one message and exit code 2; Ctrl-C ends quietly.
+
+    An error that nobody expected must not look like a verdict: it ends with exit code 2 too, and
+    TWINFORMER_TRACEBACK=1 shows where it came from.
+    """
     try:
         yield
     except (TwinformerError, OSError) as error:
         _err.print(f"twinformer: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(CANNOT_RUN) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if os.environ.get("TWINFORMER_TRACEBACK") == "1":
+            raise
+        message = f"twinformer: a defect of ours, {type(error).__name__}: {error}"
+        _err.print(message, style="red", markup=False, highlight=False)
+        _err.print("twinformer: TWINFORMER_TRACEBACK=1 shows where; nothing was judged")
         raise typer.Exit(CANNOT_RUN) from None
     except KeyboardInterrupt:
         _err.print("twinformer: interrupted")

@@ -130,6 +130,10 @@ class Tokenizer:
         T = longest if length is None else length
         problems.expect(longest <= T, f"texts: expected at most length={length} tokens, got {longest}")
         problems.expect(longest > 0, "texts: expected at least one token, got none")
+        problems.expect(
+            max_length is None or longest <= max_length,
+            f"max_length: expected room for the special tokens, got {max_length}",
+        )
         problems.raise_if_any()
         ids = np.full((len(encodings), T), self.pad_id, np.int64)
         token_types = np.zeros_like(ids)

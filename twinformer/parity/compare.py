@@ -23,8 +23,9 @@ class Comparison:
     """What was found between two arrays of one name.
 
     ``relative`` is ``largest / scale``: the largest absolute difference over the scale, which is the largest
-    magnitude of the expected array unless the caller had a reason for another one. ``problem`` says why the
-    values could not be compared at all (then ``relative`` is infinite).
+    magnitude of the expected array unless the caller had a reason for another one. ``relative_rms`` is the root of the
+    mean square difference over the same scale; no verdict rests on it alone. ``problem`` says why the values
+    could not be compared at all (then ``relative`` is infinite).
     """
 
     name: str
@@ -32,6 +33,7 @@ class Comparison:
     largest: float
     scale: float
     relative: float
+    relative_rms: float
     worst: tuple[int, ...]
     actual_at_worst: float
     expected_at_worst: float
@@ -62,47 +64,75 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ErrorPair:
-    """The largest errors of two systems against the truth, for one tensor, relative to its scale.
+    """The errors of two systems against the truth, for one tensor, relative to its scale.
 
-    ``ratio`` is the larger over the smaller, where an error below one rounding counts as one rounding:
-    being better than the format can show is no merit. ``bound`` is on the ratio.
+    Two measures, because each misses what the other sees: the root of the mean square, over all elements, is steady
+    where both systems are right; the largest error shows a fault in a single place. Each is compared as a ratio, the
+    larger over the smaller, where an error below one rounding counts as one rounding: being better than
+    the format can show is no merit. ``bound`` is on the ratio of the largest errors, ``rms_bound`` on the other.
     """
 
     name: str
     systems: tuple[str, ...]
     errors: tuple[float, ...]
+    rms_errors: tuple[float, ...]
     rounding: float
     bound: float
+    rms_bound: float
     problem: str = ""
 
     @classmethod
     def of(
-        cls, name: str, systems: tuple[str, ...], errors: Sequence[Comparison], *, bound: float, rounding: float
+        cls,
+        name: str,
+        systems: tuple[str, ...],
+        errors: Sequence[Comparison],
+        *,
+        rounding: float,
+        bound: float,
+        rms_bound: float,
     ) -> ErrorPair:
         """From each system's comparison with the truth."""
         problems = [f"{who}: {error.problem}" for who, error in zip(systems, errors, strict=True) if error.problem]
-        return cls(name, systems, tuple(error.relative for error in errors), rounding, bound, "; ".join(problems))
+        largest = tuple(error.relative for error in errors)
+        rms = tuple(error.relative_rms for error in errors)
+        return cls(name, systems, largest, rms, rounding, bound, rms_bound, "; ".join(problems))
 
     @property
     def ratio(self) -> float:
-        raised = sorted(max(error, self.rounding) for error in self.errors)
-        return raised[-1] / raised[0]
+        """Of the largest errors."""
+        return _ratio(self.errors, self.rounding)
+
+    @property
+    def rms_ratio(self) -> float:
+        return _ratio(self.rms_errors, self.rounding)
 
     @property
     def agrees(self) -> bool:
-        return not self.problem and self.ratio <= self.bound
+        return not self.problem and self.ratio <= self.bound and self.rms_ratio <= self.rms_bound
 
     @property
     def severity(self) -> float:
-        """How near to its bound: 1 is at the bound, more is beyond."""
-        return math.inf if self.problem else self.ratio / self.bound
+        """How near to its bounds: 1 is at the nearer one, more is beyond."""
+        return math.inf if self.problem else max(self.ratio / self.bound, self.rms_ratio / self.rms_bound)
 
     def describe(self) -> str:
         """One line with figures and names."""
         if self.problem:
             return f"{self.name}: {self.problem}"
-        errors = ", ".join(f"{who} {error:.2e}" for who, error in zip(self.systems, self.errors, strict=True))
-        return f"{self.name}: errors against the truth {errors}: ratio {self.ratio:.2f}, bound {self.bound:.1f}"
+        errors = ", ".join(
+            f"{who} {error:.2e} (rms {rms:.2e})"
+            for who, error, rms in zip(self.systems, self.errors, self.rms_errors, strict=True)
+        )
+        return (
+            f"{self.name}: errors against the truth {errors}: ratio {self.ratio:.2f}, bound {self.bound:.1f}; "
+            f"rms ratio {self.rms_ratio:.2f}, bound {self.rms_bound:.1f}"
+        )
+
+
+def _ratio(errors: tuple[float, ...], rounding: float) -> float:
+    raised = sorted(max(error, rounding) for error in errors)
+    return raised[-1] / raised[0]
 
 
 def compare(
@@ -144,6 +174,7 @@ def compare(
         largest=largest,
         scale=scale,
         relative=relative_to(largest, scale),
+        relative_rms=relative_to(float(np.sqrt(np.mean(difference[finite] ** 2))), scale),
         worst=tuple(int(i) for i in worst),
         actual_at_worst=float(a[worst]),
         expected_at_worst=float(b[worst]),
@@ -201,4 +232,4 @@ class _Findings:
 
     def problem(self, text: str) -> Comparison:
         nan = math.nan
-        return Comparison(self.name, self.shape, nan, nan, math.inf, (), nan, nan, self.bound, text)
+        return Comparison(self.name, self.shape, nan, nan, math.inf, math.inf, (), nan, nan, self.bound, text)

@@ -14,8 +14,17 @@ Progress = Callable[[str], None]
 class Evidence:
     """A case, the two twins, and their runs, kept so that no rung repeats another's work."""
 
-    def __init__(self, case: Case, twins: tuple[Twin, Twin] | None = None, progress: Progress = lambda _: None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        twins: tuple[Twin, Twin] | None = None,
+        *,
+        with_gradients: bool = False,
+        progress: Progress = lambda _: None,
+    ) -> None:
+        """``with_gradients``: some rung will want them, so let every run have them and serve all."""
         self.case = case
+        self._with_gradients = with_gradients
         self.twins: tuple[Twin, Twin] = twins or (TorchTwin(), FlaxTwin())
         self._progress = progress
         self._runs: dict[tuple[str, DType, DType, bool, Precision], Run] = {}
@@ -32,9 +41,13 @@ class Evidence:
         first, second = (self._run(twin, dtype, weights_in or dtype, gradients, precision) for twin in self.twins)
         return first, second
 
+    def precisions(self) -> tuple[Precision, ...]:
+        """The settings of matrix products that can differ here."""
+        return ("default",) if all(twin.on_cpu for twin in self.twins) else ("default", "highest")
+
     def _run(self, twin: Twin, dtype: DType, weights_in: DType, gradients: bool, precision: Precision) -> Run:
-        for with_gradients in (True, gradients):  # a run with gradients has all that one without has
-            kept = self._runs.get((twin.name, dtype, weights_in, with_gradients, precision))
+        for has_gradients in (True, gradients):  # a run with gradients has all that one without has
+            kept = self._runs.get((twin.name, dtype, weights_in, has_gradients, precision))
             if kept is not None:
                 return kept
         what = "forward and gradients" if gradients else "forward"

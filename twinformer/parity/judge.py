@@ -36,7 +36,8 @@ def judge(
     """
     check_rungs(rungs)
     started = time.perf_counter()
-    evidence = Evidence(case, progress=progress)
+    needs_gradients = bool({"gradients", "precision"} & set(rungs))
+    evidence = Evidence(case, with_gradients=needs_gradients, progress=progress)
     report = Report(subject=case.name, description=describe(case.config), rungs={}, config=case.config.to_dict())
     for step in LADDER:
         if step.name not in rungs or step.check is None:

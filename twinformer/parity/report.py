@@ -136,7 +136,9 @@ def _row(name: str, rung: Rung | None) -> tuple[RenderableType, ...]:
     if worst is None:
         return (name, rung.checked, "", "", "", verdict)
     if isinstance(worst, ErrorPair):
-        figures = (f"×{worst.ratio:.2f}", f"×{worst.bound:.0f}")
+        rms_is_nearer = worst.rms_ratio / worst.rms_bound > worst.ratio / worst.bound
+        nearer = (worst.rms_ratio, worst.rms_bound) if rms_is_nearer else (worst.ratio, worst.bound)
+        figures = (f"×{nearer[0]:.2f}", f"×{nearer[1]:.0f}")
     else:
         figures = (_short(worst.relative), _short(worst.bound))
     return (name, rung.checked, *figures, worst.name, verdict)
@@ -176,7 +178,10 @@ def _comparison_dict(comparison: Comparison | ErrorPair) -> dict[str, Any]:
     if isinstance(comparison, ErrorPair):
         figures: Mapping[str, Any] = {
             "errors": {who: _number(e) for who, e in zip(comparison.systems, comparison.errors, strict=True)},
+            "rms_errors": {who: _number(e) for who, e in zip(comparison.systems, comparison.rms_errors, strict=True)},
             "ratio": _number(comparison.ratio),
+            "rms_ratio": _number(comparison.rms_ratio),
+            "rms_bound": comparison.rms_bound,
         }
     else:
         figures = {

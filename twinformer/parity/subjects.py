@@ -71,7 +71,7 @@ def _published(name: str, directory: Path, seed: int) -> Subject:
         case = make_case(name, model.config, model.tensors, telling_inputs(model.config, seed), seed)
         return Subject(case, directory, model)
     encoded = Tokenizer.load(model.tokenizer).encode(SENTENCES, max_length=model.config.context_length)
-    inputs = {"tokens": encoded.tokens, "padding_mask": encoded.padding_mask}
+    inputs = {"tokens": encoded.ids, "padding_mask": encoded.padding_mask}
     if model.config.num_token_types:
         inputs["token_types"] = encoded.token_types
     case = make_case(name, model.config, model.tensors, inputs, seed)

@@ -42,7 +42,13 @@ class Run:
 class Twin(Protocol):
     """One of the two implementations."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name of its package."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the CPU, where matrix products know one precision only."""
 
     def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
         """The framework's own leaves after loading, under the framework's own names and layouts."""
@@ -61,6 +67,7 @@ class TorchTwin:
     """``torch_impl``, eager, watched through forward hooks."""
 
     name = "torch_impl"
+    on_cpu = True
 
     def _model(self, case: Case) -> torch.nn.Module:
         model: torch.nn.Module = torch_impl.build(case.config.replace(remat=False), seed=None)
@@ -102,6 +109,10 @@ class FlaxTwin:
     """``flax_impl``, compiled by ``jax.jit``, watched by wrapping the calls of its modules while it is traced."""
 
     name = "flax_impl"
+
+    @property
+    def on_cpu(self) -> bool:
+        return jax.default_backend() == "cpu"
 
     def _model(self, case: Case) -> nnx.Module:
         model = flax_impl.build(case.config.replace(remat=False), seed=None)

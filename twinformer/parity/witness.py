@@ -71,12 +71,12 @@ def _ask_transformers(directory: Path, evidence: Evidence, report: Report, state
     report.witnesses["transformers"] = rung_of(checked, comparisons, culprit=first_to_differ(comparisons))
 
 
-def transformers_states(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, FloatArray]:  # type: ignore[type-arg]
+def transformers_states(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, FloatArray]:
     """The original implementation's hidden states in float64, by our paths: embeddings, then each block."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = transformers.AutoModel.from_pretrained(
         directory, local_files_only=True, dtype=torch.float64, attn_implementation="eager"
     ).eval()
@@ -117,7 +117,7 @@ def _published_similarities(
     report.witnesses["published answers"] = Rung("differ" if problems else "agree", checked, [], problems)
 
 
-def sentence_vectors(hidden: FloatArray, real: np.ndarray) -> FloatArray:  # type: ignore[type-arg]
+def sentence_vectors(hidden: FloatArray, real: np.ndarray) -> FloatArray:
     """One unit vector a sentence: the mean of its real tokens' states ``[B, T, D]``, divided by its L2 norm.
 
     Reimers & Gurevych 2019, arXiv:1908.10084.

@@ -128,13 +128,8 @@ class Name:
 
     def expanded(self, config: ModelConfig) -> Iterator[Name]:
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours
-        for place, count in (("{layer}", config.num_layers), ("{encoder_layer}", config.num_encoder_layers)):
-            if place in self.published or any(place in path for path in ours):
-                for i in range(count):
-                    published = self.published.replace(place, str(i))
-                    yield Name(published, tuple(path.replace(place, str(i)) for path in ours), self.layout)
-                return
-        yield Name(self.published, ours, self.layout)
+        for published, *paths in _each_layer((self.published, *ours), config):
+            yield Name(published, tuple(paths), self.layout)
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,7 @@ class Family:
     counting_buffers: tuple[str, ...] = ()
     #: tensors that only repeat another one, bit for bit (tied weights written twice)
     copies: Mapping[str, str] = field(default_factory=dict)
-    #: beginnings of names of parts that the published model has and ours leaves out
+    #: beginnings of names of parts that the published model has and ours leaves out; ``{layer}`` as in names
     left_out: tuple[str, ...] = ()
 
     def expected(self, config: ModelConfig) -> dict[str, Name]:
@@ -188,6 +183,10 @@ class Family:
         problems.raise_if_any()
         return found
 
+    def leaves_out(self, config: ModelConfig) -> tuple[str, ...]:
+        """The beginnings of the names that a model of this configuration leaves out."""
+        return tuple(name for part in self.left_out for (name,) in _each_layer((part,), config))
+
     def canonical(self, name: str) -> str:
         """A published name without prefix, old endings renewed."""
         for prefix in self.prefixes:
@@ -198,6 +197,16 @@ class Family:
             if name.endswith(old):
                 return name[: -len(old)] + new
         return name
+
+
+def _each_layer(patterns: tuple[str, ...], config: ModelConfig) -> Iterator[tuple[str, ...]]:
+    """The patterns once for every layer that they stand for, or as they are where they name none."""
+    for place, count in (("{layer}", config.num_layers), ("{encoder_layer}", config.num_encoder_layers)):
+        if any(place in pattern for pattern in patterns):
+            for i in range(count):
+                yield tuple(pattern.replace(place, str(i)) for pattern in patterns)
+            return
+    yield patterns
 
 
 def one_of(options: Sequence[Any]) -> str:

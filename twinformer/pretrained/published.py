@@ -120,7 +120,7 @@ def to_ours(
     if blocks > len(tensors):  # before a table of that many blocks is made
         raise WeightsError(subject, [f"expected the tensors of {blocks} blocks, got {len(tensors)} tensors in all"])
     expected = family.expected(config)
-    spelled, left_out = _match(family, expected, tensors, problems)
+    spelled, left_out = _match(family, expected, family.leaves_out(config), tensors, problems)
     leaves = model_parameters(config)
     read: dict[str, Array] = {}
     ours: dict[str, Array] = {}
@@ -143,7 +143,11 @@ def to_ours(
 
 
 def _match(
-    family: Family, expected: Mapping[str, Name], tensors: Mapping[str, Stored], problems: Problems
+    family: Family,
+    expected: Mapping[str, Name],
+    leaves_out: tuple[str, ...],
+    tensors: Mapping[str, Stored],
+    problems: Problems,
 ) -> tuple[dict[str, str], list[str]]:
     """How the file spells each name that plays a part, and the tensors that are left out."""
     spelled: dict[str, str] = {}
@@ -154,7 +158,7 @@ def _match(
             problems.add(f"{name}: expected one tensor of that meaning, got {spelled[canonical]} too")
         elif canonical in expected or canonical in family.copies or canonical in family.counting_buffers:
             spelled[canonical] = name
-        elif canonical.startswith(family.left_out):
+        elif canonical.startswith(leaves_out):
             left_out.append(name)
         else:
             problems.add(f"{name}: unexpected, of shape {stored.shape}")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from twinformer.parity.compare import ErrorPair, FloatArray, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.twins import Precision
+from twinformer.parity.twins import Run
 from twinformer.parity.verdict import Rung, rung_of
 
-# How many times the other's error a twin's may be. Largest errors of right programs, over thousands of elements
-# and a few blocks, stay within a factor of 2 to 3 of each other (`docs/precision.md` has the figures).
-RATIO = 4.0
+# How many times the other's error a twin's may be: docs/precision.md has the figures behind both
+LARGEST_RATIO = 8.0
+RMS_RATIO = 4.0
 
 
 def check(evidence: Evidence) -> Rung:
@@ -29,10 +29,9 @@ def check(evidence: Evidence) -> Rung:
     for dtype in ("float32", "bfloat16"):
         truth, _ = evidence.runs("float64", gradients=True, weights_in=dtype)
         scales = sibling_scales(truth.gradients)
-        expected = {"output": truth.output, **_blocks(truth.modules), **_named_gradients(truth.gradients)}
-        for precision in ("default", "highest"):
-            runs = evidence.runs(dtype, gradients=True, precision=precision)
-            found = [{"output": run.output, **_blocks(run.modules), **_named_gradients(run.gradients)} for run in runs]
+        expected = _tensors(truth)
+        for precision in evidence.precisions():
+            found = [_tensors(run) for run in evidence.runs(dtype, gradients=True, precision=precision)]
             label = f"{dtype}, {precision}"
             for one, twin in zip(found, names, strict=True):
                 problems += [f"{label}: {p}" for p in set_problems("tensor", one, expected, (twin, "the truth"))]
@@ -40,11 +39,19 @@ def check(evidence: Evidence) -> Rung:
                 if all(name in one for one in found):
                     scale = scales.get(name.removeprefix(_GRADIENT))
                     errors = [compare(name, one[name], tensor, bound=1.0, scale=scale) for one in found]
-                    pairs.append(
-                        ErrorPair.of(f"{name} ({label})", names, errors, bound=RATIO, rounding=ROUNDING[dtype])
+                    pair = ErrorPair.of(
+                        f"{name} ({label})",
+                        names,
+                        errors,
+                        rounding=ROUNDING[dtype],
+                        bound=LARGEST_RATIO,
+                        rms_bound=RMS_RATIO,
                     )
-    precision_used: tuple[Precision, ...] = ("default", "highest")
-    return rung_of(f"{len(pairs)} pairs of errors, {' and '.join(precision_used)} precision", pairs, problems)
+                    pairs.append(pair)
+    rung = rung_of(f"{len(pairs)} pairs of errors", pairs, problems)
+    if evidence.precisions() == ("default",):
+        rung.notes.append("on the CPU the default precision of matrix products is the highest: run once")
+    return rung
 
 
 _GRADIENT = "gradient of "
@@ -52,10 +59,11 @@ _GRADIENT = "gradient of "
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
 
 
+def _tensors(run: Run) -> dict[str, FloatArray]:
+    gradients = {_GRADIENT + path: gradient for path, gradient in run.gradients.items()}
+    return {"output": run.output} | _blocks(run.modules) | gradients
+
+
 def _blocks(modules: dict[str, FloatArray]) -> dict[str, FloatArray]:
     """The outputs of whole blocks, of the embeddings and of the stacks."""
     return {path: seen for path, seen in modules.items() if path.split(".")[-2:-1] == ["blocks"] or "." not in path}
-
-
-def _named_gradients(gradients: dict[str, FloatArray]) -> dict[str, FloatArray]:
-    return {_GRADIENT + path: gradient for path, gradient in gradients.items()}

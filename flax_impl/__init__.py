@@ -1,0 +1,85 @@
+"""The transformer in Flax NNX: readable modules, functional at the boundary of compilation.
+
+One letter for each dimension, in every signature of this package and of its twin:
+
+    B  batch                        D  model_dim       F  hidden_dim
+    T  target (query) length        A  num_heads       L  num_layers
+    S  source (key) length          G  num_kv_heads    V  vocab_size
+    K  key_dim, per head            J  value_dim       N  context_length
+
+Reading order: dropout, linear, masks, positions, norms, feedforward, attention, block, stack, embeddings,
+models, weights.
+"""
+
+from flax_impl.attention import AttentionLayer, attend
+from flax_impl.block import Block
+from flax_impl.dropout import Dropout, fold, philox, random_key, random_words
+from flax_impl.embeddings import Embeddings, TokenEmbedding, unembed
+from flax_impl.feedforward import FeedForward, activate
+from flax_impl.linear import Linear
+from flax_impl.masks import (
+    causal_mask,
+    exposed,
+    masked_softmax,
+    padding_mask,
+    positions_from,
+    quarantine,
+    window_mask,
+)
+from flax_impl.models import EncoderDecoder, EncoderModel, LanguageModel, build, compiled
+from flax_impl.norms import LayerNorm, RMSNorm, make_head_norm, make_norm
+from flax_impl.positions import (
+    LearnedPositions,
+    PositionalEncoding,
+    RelativeBias,
+    RotaryEncoding,
+    alibi_bias,
+    alibi_slopes,
+)
+from flax_impl.stack import TransformerStack
+from flax_impl.weights import export_weights, initialize, load, load_weights, save
+
+__all__ = [
+    "AttentionLayer",
+    "Block",
+    "Dropout",
+    "Embeddings",
+    "EncoderDecoder",
+    "EncoderModel",
+    "FeedForward",
+    "LanguageModel",
+    "LayerNorm",
+    "LearnedPositions",
+    "Linear",
+    "PositionalEncoding",
+    "RMSNorm",
+    "RelativeBias",
+    "RotaryEncoding",
+    "TokenEmbedding",
+    "TransformerStack",
+    "activate",
+    "alibi_bias",
+    "alibi_slopes",
+    "attend",
+    "build",
+    "causal_mask",
+    "compiled",
+    "export_weights",
+    "exposed",
+    "fold",
+    "initialize",
+    "load",
+    "load_weights",
+    "make_head_norm",
+    "make_norm",
+    "masked_softmax",
+    "padding_mask",
+    "philox",
+    "positions_from",
+    "quarantine",
+    "random_key",
+    "random_words",
+    "save",
+    "unembed",
+    "window_mask",
+]

@@ -1,0 +1,208 @@
+"""Attention: every position looks at others and takes a weighted sum of what it finds."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float
+
+from flax_impl.dropout import Dropout, Key
+from flax_impl.linear import Linear, check_dtypes, matmul, wide_dtype
+from flax_impl.masks import causal_mask, exposed, masked_softmax, quarantine, window_mask
+from flax_impl.norms import LayerNorm, RMSNorm
+from flax_impl.positions import Positions, RotaryEncoding
+from flax_impl.weights import initialize
+from twinformer.checks import check_activations, check_sizes
+from twinformer.config import DType
+from twinformer.errors import ConfigError, Problems
+
+Mask = Bool[Array | np.ndarray, "..."] | Float[Array | np.ndarray, "..."]
+Allowed = Bool[Array, "..."]
+Added = Float[Array, "..."]
+
+
+def attend(
+    Q: Float[Array, "B A T K"],
+    K: Float[Array, "B G S K"],
+    V: Float[Array, "B G S J"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: Float[Array | np.ndarray, "..."] | None = None,
+    allowed: Bool[Array | np.ndarray, "..."] | None = None,
+    dropout: Dropout | None = None,
+    rng: Key | None = None,
+) -> Float[Array, "B A T J"]:
+    """``softmax(scale · Q Kᵀ + bias) V``, over the allowed keys; query head a uses key/value head ``a // (A // G)``.
+
+    ``softcap`` c turns a scaled score s into ``c · tanh(s / c)`` before the bias is added. Scores and softmax are wide,
+    the two products in the dtype of Q. A query with nothing allowed gives 0, with zero gradient.
+
+    Source: book, "Multi-head attention"; Vaswani et al. 2017, eq. 1; heads in groups: Ainslie et al. 2023,
+    arXiv:2305.13245.
+    """
+    B, A, T, _ = Q.shape
+    G, S = K.shape[1:3]
+    # the A // G query heads of a group lie side by side: as one tall matrix they meet their key head in one product
+    scores = matmul(Q.reshape(B, G, A // G * T, -1), K.swapaxes(-1, -2)).reshape(B, A, T, S)
+    scores = scores.astype(wide_dtype(Q.dtype)) * scale
+    if softcap is not None:
+        if allowed is not None:
+            scores = jnp.where(allowed, scores, 0)  # a hidden score that overflowed would spoil the gradient of tanh
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + jnp.asarray(bias, scores.dtype)
+    P = masked_softmax(scores, allowed)
+    if dropout is not None:
+        P = dropout(P, rng)
+    return matmul(P.astype(Q.dtype).reshape(B, G, A // G * T, S), V).reshape(B, A, T, -1)
+
+
+class AttentionLayer(nnx.Module):
+    """Multi-head attention of X to itself, or to ``H_enc``: ``Z W^O`` with ``Z`` from ``attend``.
+
+    ``Q = X W^Q``, ``K = M W^K``, ``V = M W^V`` with ``M = X`` (self-attention) or ``M = H_enc`` (cross-attention). In
+    self-attention ``mask``, ``causal``, ``window``, ``bias`` and ``rotary`` apply, in cross-attention only
+    ``memory_mask``. ``X [B, T, D]``, ``H_enc [B, S, D] -> [B, T, D]`` in ``compute_dtype``.
+
+    A key that is hidden from a query contributes exactly nothing to it, forward and backward, NaN included. A query
+    that may attend to a non-finite row, or is one itself, gives NaN. Raises InputError.
+
+    Source: book, "Multi-head attention" and "Cross-attention".
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        key_dim: int,
+        num_heads: int,
+        *,
+        value_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        scale: float | None = None,
+        softcap: float | None = None,
+        query_norm: LayerNorm | RMSNorm | None = None,
+        key_norm: LayerNorm | RMSNorm | None = None,
+        rotary: RotaryEncoding | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        dropout: float = 0.0,
+        param_dtype: DType = "float32",
+        compute_dtype: DType = "float32",
+        seed: int | None = 0,
+    ) -> None:
+        D, K, A = model_dim, key_dim, num_heads
+        J = key_dim if value_dim is None else value_dim
+        G = num_heads if num_kv_heads is None else num_kv_heads
+        check_sizes("AttentionLayer", model_dim=D, key_dim=K, num_heads=A, value_dim=J, num_kv_heads=G)
+        check_dtypes("AttentionLayer", param_dtype=param_dtype, compute_dtype=compute_dtype)
+        problems = Problems("AttentionLayer", ConfigError)
+        problems.expect(A % G == 0, f"num_kv_heads: expected a divisor of num_heads={A}, got {G}")
+        problems.expect(window is None or window >= 1, f"window: expected at least 1 or None, got {window}")
+        problems.raise_if_any()
+
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
+            return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
+
+        self.model_dim, self.num_heads, self.num_kv_heads = D, A, G
+        self.scale = 1 / math.sqrt(key_dim) if scale is None else scale
+        self.softcap, self.causal, self.window = softcap, causal, window
+        self.compute_dtype = compute_dtype
+        self.query = linear(D, A * K, qkv_bias)
+        self.key = linear(D, G * K, qkv_bias)
+        self.value = linear(D, G * J, qkv_bias)
+        self.output = linear(A * J, D, output_bias)
+        self.query_norm, self.key_norm, self.rotary = query_norm, key_norm, rotary
+        self.dropout = Dropout(dropout)
+        if seed is not None:
+            initialize(self, seed)
+
+    def __call__(
+        self,
+        X: Float[Array | np.ndarray, "B T D"],
+        H_enc: Float[Array | np.ndarray, "B S D"] | None = None,
+        mask: Mask | None = None,
+        memory_mask: Mask | None = None,
+        *,
+        positions: Positions | None = None,
+        bias: Float[Array | np.ndarray, "..."] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Array, "B T D"]:
+        check_activations(
+            "AttentionLayer",
+            X=X,
+            model_dim=self.model_dim,
+            H_enc=H_enc,
+            mask=mask,
+            memory_mask=memory_mask,
+            num_heads=self.num_heads,
+            positions=positions,
+            bias=bias,
+        )
+        X, broken = quarantine(jnp.asarray(X, self.compute_dtype))
+        M, broken_keys = (X, broken) if H_enc is None else quarantine(jnp.asarray(H_enc, self.compute_dtype))
+        # finite rows can overflow in a product: those are broken too
+        Q, broken_Q = quarantine(self.query(X))
+        K, broken_K = quarantine(self.key(M))
+        V, broken_V = quarantine(self.value(M))
+        A, G = self.num_heads, self.num_kv_heads
+        Q, K, V = self._heads(Q, A), self._heads(K, G), self._heads(V, G)
+        if self.query_norm is not None:
+            Q = self.query_norm(Q)
+        if self.key_norm is not None:
+            K = self.key_norm(K)
+        if self.rotary is not None and H_enc is None:
+            where = jnp.arange(X.shape[1])[None] if positions is None else positions
+            Q, K = self.rotary(Q, where), self.rotary(K, where)
+
+        allowed, added = self._seen(X.shape[1], mask, bias) if H_enc is None else self._read(memory_mask)
+        Z = attend(
+            Q,
+            K,
+            V,
+            scale=self.scale,
+            softcap=self.softcap,
+            bias=added,
+            allowed=allowed,
+            dropout=self.dropout,
+            rng=rng,
+        )
+        Y = self.output(Z.swapaxes(1, 2).reshape(*X.shape[:2], -1))
+        lost = broken | broken_Q | exposed(broken_keys | broken_K | broken_V, allowed)
+        return jnp.where(lost[..., None], jnp.nan, Y)
+
+    def _heads(self, Y: Float[Array, "B S AK"], heads: int) -> Float[Array, "B {heads} S K"]:
+        """Head a owns columns ``a·K … (a+1)·K - 1``."""
+        return Y.reshape(*Y.shape[:2], heads, -1).swapaxes(1, 2)
+
+    def _seen(
+        self, T: int, mask: Mask | None, bias: Float[Array | np.ndarray, "..."] | None
+    ) -> tuple[Allowed | None, Added | None]:
+        """What self-attention may see, and what is added to its scores."""
+        allowed, added = self._read(mask)
+        if self.causal:
+            allowed = _both(allowed, causal_mask(T, T, window=self.window))
+        elif self.window is not None:
+            allowed = _both(allowed, window_mask(T, T, window=self.window))
+        if bias is not None:
+            bias = jnp.asarray(bias, wide_dtype(self.compute_dtype))
+            added = bias if added is None else added + bias
+        return allowed, added
+
+    def _read(self, mask: Mask | None) -> tuple[Allowed | None, Added | None]:
+        """A mask as (what it allows, what it adds): ``-inf`` in a float mask hides."""
+        if mask is None:
+            return None, None
+        mask = jnp.asarray(mask)
+        if mask.dtype == jnp.bool_:
+            return mask, None
+        added = mask.astype(wide_dtype(self.compute_dtype))
+        return added != -jnp.inf, added
+
+
+def _both(first: Allowed | None, second: Allowed) -> Allowed:
+    return second if first is None else first & second

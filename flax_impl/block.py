@@ -1,0 +1,143 @@
+"""One block of the residual stream: attention, (attention to the encoder,) feed-forward."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from flax_impl.attention import AttentionLayer, Mask
+from flax_impl.dropout import Dropout, Key, fold_if
+from flax_impl.feedforward import FeedForward
+from flax_impl.linear import check_dtypes
+from flax_impl.norms import LayerNorm, RMSNorm, make_head_norm, make_norm
+from flax_impl.positions import Positions, RotaryEncoding
+from flax_impl.weights import initialize
+from twinformer.checks import check_activations
+from twinformer.config import StackConfig
+
+
+class Block(nnx.Module):
+    """Residual branches around attention, cross-attention (if any) and feed-forward, in that order.
+
+    pre-norm: ``X + dropout(f(norm(X)))``; post-norm: ``norm(X + dropout(f(X)))``. ``X [B, T, D] -> [B, T, D]`` in
+    ``compute_dtype``; the arguments are those of ``AttentionLayer``. A block built with ``cross_attention`` needs
+    ``H_enc``. Raises InputError.
+
+    Source: book, "Transformer blocks"; pre-norm: Xiong et al. 2020, arXiv:2002.04745.
+    """
+
+    def __init__(
+        self, config: StackConfig, *, causal: bool = False, cross_attention: bool = False, seed: int | None = 0
+    ) -> None:
+        check_dtypes("Block", param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+        self.config = config
+        self.attention_norm = make_norm(config.model_dim, config)
+        self.attention = _attention(config, causal=causal, window=config.window, rotary=_rotary(config))
+        self.cross_attention_norm = make_norm(config.model_dim, config) if cross_attention else None
+        self.cross_attention = _attention(config) if cross_attention else None
+        self.feedforward_norm = make_norm(config.model_dim, config)
+        self.feedforward = FeedForward(
+            config.model_dim,
+            config.hidden_dim,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.feedforward_bias,
+            dropout=config.hidden_dropout,
+            param_dtype=config.param_dtype,
+            compute_dtype=config.compute_dtype,
+            seed=None,
+        )
+        self.dropout = Dropout(config.dropout)
+        if seed is not None:
+            initialize(self, seed)
+
+    def __call__(
+        self,
+        X: Float[Array | np.ndarray, "B T D"],
+        H_enc: Float[Array | np.ndarray, "B S D"] | None = None,
+        mask: Mask | None = None,
+        memory_mask: Mask | None = None,
+        *,
+        positions: Positions | None = None,
+        bias: Float[Array | np.ndarray, "..."] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Array, "B T D"]:
+        check_activations(
+            "Block",
+            X=X,
+            model_dim=self.config.model_dim,
+            H_enc=H_enc,
+            mask=mask,
+            memory_mask=memory_mask,
+            num_heads=self.config.num_heads,
+            positions=positions,
+            bias=bias,
+            needs_memory=self.cross_attention is not None,
+            takes_memory=self.cross_attention is not None,
+        )
+        X = jnp.asarray(X, self.config.compute_dtype)
+        rngs = [fold_if(rng, place) for place in range(6)]
+        X = self._branch(
+            X,
+            self.attention_norm,
+            lambda X: self.attention(X, mask=mask, positions=positions, bias=bias, rng=rngs[0]),
+            rngs[1],
+        )
+        if (cross := self.cross_attention) is not None and self.cross_attention_norm is not None:
+            X = self._branch(
+                X,
+                self.cross_attention_norm,
+                lambda X: cross(X, H_enc, memory_mask=memory_mask, rng=rngs[2]),
+                rngs[3],
+            )
+        return self._branch(X, self.feedforward_norm, lambda X: self.feedforward(X, rng=rngs[4]), rngs[5])
+
+    def _branch(
+        self,
+        X: Float[Array, "B T D"],
+        norm: LayerNorm | RMSNorm,
+        layer: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]],
+        rng: Key | None,
+    ) -> Float[Array, "B T D"]:
+        if self.config.norm_placement == "pre":
+            return X + self.dropout(layer(norm(X)), rng)
+        return norm(X + self.dropout(layer(X), rng))
+
+
+def _rotary(config: StackConfig) -> RotaryEncoding | None:
+    if config.positions != "rotary":
+        return None
+    return RotaryEncoding(
+        config.rotary_dim,
+        base=config.rotary_base,
+        convention=config.rotary_convention,
+        scaling=config.rotary_scaling,
+    )
+
+
+def _attention(
+    config: StackConfig, *, causal: bool = False, window: int | None = None, rotary: RotaryEncoding | None = None
+) -> AttentionLayer:
+    return AttentionLayer(
+        config.model_dim,
+        config.key_dim,
+        config.num_heads,
+        value_dim=config.value_dim,
+        num_kv_heads=config.num_kv_heads,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        query_norm=make_head_norm(config),
+        key_norm=make_head_norm(config),
+        rotary=rotary,
+        causal=causal,
+        window=window,
+        dropout=config.attention_dropout,
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        seed=None,
+    )

@@ -1,0 +1,344 @@
+"""Whole models: an encoder, a language model (decoder only), an encoder with a decoder."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float
+
+from flax_impl import masks
+from flax_impl.dropout import Key, fold_if
+from flax_impl.embeddings import Embeddings, Ids, unembed
+from flax_impl.linear import Outline, check_dtypes, extremes
+from flax_impl.positions import Positions
+from flax_impl.stack import TransformerStack
+from flax_impl.weights import initialize
+from twinformer.checks import check_activations, check_tokens
+from twinformer.config import Architecture, DType, ModelConfig
+from twinformer.errors import ConfigError, Problems
+
+Real = Bool[Array | np.ndarray, "B T"]
+
+
+class Head(nnx.Module):
+    """What a head has of its own: the matrix ``[D, V]`` of an untied one, a bias, or both; ``unembed`` applies it."""
+
+    kind: ClassVar[Literal["linear"]] = "linear"
+
+    def __init__(
+        self, model_dim: int, vocab_size: int, *, weight: bool, bias: bool, param_dtype: DType = "float32"
+    ) -> None:
+        self.kernel = nnx.Param(jnp.zeros((model_dim, vocab_size), param_dtype)) if weight else None
+        self.bias = nnx.Param(jnp.zeros(vocab_size, param_dtype)) if bias else None
+
+
+class EncoderModel(nnx.Module):
+    """Every position sees every real token: ``tokens [B, T]`` to hidden states ``[B, T, D]``, or logits with a head.
+
+    ``padding_mask [B, T]``, True = real token, hides padded keys; positions are counted over real tokens unless given.
+    Raises ConfigError for another architecture, InputError.
+
+    Source: book, "Masked language models".
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
+        _expect_architecture(self, config, "encoder")
+        self.config = config
+        self.embedding = Embeddings(config, config.vocab_size, seed=None)
+        self.stack = TransformerStack.from_config(config, config.num_layers, causal=False, cross_attention=False)
+        self.head = _head(config)
+        if seed is not None:
+            initialize(self, seed, config=config)
+
+    def __call__(
+        self,
+        tokens: Ids,
+        *,
+        padding_mask: Real | None = None,
+        positions: Positions | None = None,
+        token_types: Ids | None = None,
+        rng: Key | None = None,
+    ) -> Float[Array, "B T out"]:
+        self._check(tokens, padding_mask=padding_mask, positions=positions, token_types=token_types)
+        mask, positions = _places(padding_mask, positions)
+        X = self.embedding(tokens, positions, token_types, rng=fold_if(rng, 0))
+        h = self.stack(X, mask=mask, positions=positions, rng=fold_if(rng, 1))
+        return h if self.config.head == "none" else _logits(h, self.embedding, self.head, self.config)
+
+    def _check(
+        self,
+        tokens: Any,
+        *,
+        padding_mask: Any = None,
+        positions: Any = None,
+        token_types: Any = None,
+        rng: Any = None,
+    ) -> None:
+        del rng
+        _check_ids(self.config, "EncoderModel", "tokens", tokens, padding_mask, positions, token_types)
+
+
+class LanguageModel(nnx.Module):
+    """Every position sees itself and what came before: ``tokens [B, T]`` to logits ``[B, T, V]`` of the next token.
+
+    ``padding_mask`` and positions as in ``EncoderModel``. Raises ConfigError for another architecture, InputError.
+
+    Source: book, "The language modeling head".
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
+        _expect_architecture(self, config, "decoder")
+        self.config = config
+        self.embedding = Embeddings(config, config.vocab_size, seed=None)
+        self.stack = TransformerStack.from_config(config, config.num_layers, causal=True, cross_attention=False)
+        self.head = _head(config)
+        if seed is not None:
+            initialize(self, seed, config=config)
+
+    def __call__(
+        self,
+        tokens: Ids,
+        *,
+        padding_mask: Real | None = None,
+        positions: Positions | None = None,
+        rng: Key | None = None,
+    ) -> Float[Array, "B T V"]:
+        self._check(tokens, padding_mask=padding_mask, positions=positions)
+        mask, positions = _places(padding_mask, positions)
+        X = self.embedding(tokens, positions, rng=fold_if(rng, 0))
+        h = self.stack(X, mask=mask, positions=positions, rng=fold_if(rng, 1))
+        return _logits(h, self.embedding, self.head, self.config)
+
+    def _check(self, tokens: Any, *, padding_mask: Any = None, positions: Any = None, rng: Any = None) -> None:
+        del rng
+        _check_ids(self.config, "LanguageModel", "tokens", tokens, padding_mask, positions)
+
+
+class EncoderDecoder(nnx.Module):
+    """A decoder that also sees what an encoder made of the source.
+
+    ``source [B, S]`` and ``target [B, T]`` give the logits ``[B, T, V]`` of the next target tokens.
+
+    Padding masks and positions as in ``EncoderModel``, one each for source and target. Raises ConfigError for another
+    architecture, InputError.
+
+    Source: book, "Machine Translation", "Encoder-decoder"; Vaswani et al. 2017.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
+        _expect_architecture(self, config, "encoder-decoder")
+        self.config = config
+        self.source_embedding = Embeddings(config, config.source_vocab_size, seed=None)
+        self.encoder = TransformerStack.from_config(
+            config, config.num_encoder_layers, causal=False, cross_attention=False
+        )
+        self.target_embedding = Embeddings(config, 0 if config.share_embeddings else config.vocab_size, seed=None)
+        self.decoder = TransformerStack.from_config(config, config.num_layers, causal=True, cross_attention=True)
+        self.head = _head(config)
+        if seed is not None:
+            initialize(self, seed, config=config)
+
+    def __call__(
+        self,
+        source: Ids,
+        target: Ids,
+        *,
+        source_padding_mask: Real | None = None,
+        target_padding_mask: Real | None = None,
+        source_positions: Positions | None = None,
+        target_positions: Positions | None = None,
+        rng: Key | None = None,
+    ) -> Float[Array, "B T V"]:
+        self._check(
+            source,
+            target,
+            source_padding_mask=source_padding_mask,
+            target_padding_mask=target_padding_mask,
+            source_positions=source_positions,
+            target_positions=target_positions,
+        )
+        H_enc = self.encode(source, source_padding_mask=source_padding_mask, source_positions=source_positions, rng=rng)
+        return self.decode(
+            target,
+            H_enc,
+            memory_padding_mask=source_padding_mask,
+            target_padding_mask=target_padding_mask,
+            target_positions=target_positions,
+            rng=rng,
+        )
+
+    def encode(
+        self,
+        source: Ids,
+        *,
+        source_padding_mask: Real | None = None,
+        source_positions: Positions | None = None,
+        rng: Key | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The states ``H_enc`` of the encoder. ``rng`` is the model's, not the encoder's own."""
+        _check_ids(self.config, "EncoderDecoder", "source", source, source_padding_mask, source_positions)
+        mask, positions = _places(source_padding_mask, source_positions)
+        X = self.source_embedding(source, positions, rng=fold_if(rng, 0))
+        return self.encoder(X, mask=mask, positions=positions, rng=fold_if(rng, 1))
+
+    def decode(
+        self,
+        target: Ids,
+        H_enc: Float[Array | np.ndarray, "B S D"],
+        *,
+        memory_padding_mask: Bool[Array | np.ndarray, "B S"] | None = None,
+        target_padding_mask: Real | None = None,
+        target_positions: Positions | None = None,
+        rng: Key | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next target tokens, given the encoder's states. ``rng`` is the model's."""
+        _check_ids(self.config, "EncoderDecoder", "target", target, target_padding_mask, target_positions)
+        _check_memory(self.config, target, H_enc, memory_padding_mask)
+        memory_mask = None if memory_padding_mask is None else masks.padding_mask(memory_padding_mask)
+        mask, positions = _places(target_padding_mask, target_positions)
+        shared = self.source_embedding if self.config.share_embeddings else self.target_embedding
+        table = _table(shared)
+        X = self.target_embedding(target, positions, table=table, rng=fold_if(rng, 2))
+        h = self.decoder(X, H_enc, mask, memory_mask, positions=positions, rng=fold_if(rng, 3))
+        return _logits(h, shared, self.head, self.config)
+
+    def _check(
+        self,
+        source: Any,
+        target: Any,
+        *,
+        source_padding_mask: Any = None,
+        target_padding_mask: Any = None,
+        source_positions: Any = None,
+        target_positions: Any = None,
+        rng: Any = None,
+    ) -> None:
+        del rng
+        _check_ids(self.config, "EncoderDecoder", "source", source, source_padding_mask, source_positions)
+        _check_ids(self.config, "EncoderDecoder", "target", target, target_padding_mask, target_positions)
+
+
+Model = EncoderModel | LanguageModel | EncoderDecoder
+
+
+def build(config: ModelConfig, *, seed: int | None = 0) -> Model:
+    """The model that a configuration names."""
+    classes: dict[Architecture, type[Model]] = {
+        "encoder": EncoderModel,
+        "decoder": LanguageModel,
+        "encoder-decoder": EncoderDecoder,
+    }
+    return classes[config.architecture](config, seed=seed)
+
+
+def compiled(model: Model) -> Callable[..., Array]:
+    """The model as one compiled program: same arguments, same result, and concrete inputs are checked first.
+
+    The weights are those of the moment when ``compiled`` is called: a model that is changed afterwards has to be
+    compiled again.
+    """
+    graphdef, state = nnx.split(model)
+    leaves, treedef = jax.tree.flatten(state)
+
+    @jax.jit
+    def run(leaves: list[Array], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(*args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Array:
+        model._check(*args, **kwargs)
+        Y: Array = run(leaves, args, kwargs)
+        return Y
+
+    return functools.update_wrapper(call, model.__call__)
+
+
+def _expect_architecture(model: nnx.Module, config: ModelConfig, architecture: Architecture) -> None:
+    name = type(model).__name__
+    problems = Problems(name, ConfigError)
+    problems.expect(
+        config.architecture == architecture, f"architecture: expected {architecture!r}, got {config.architecture!r}"
+    )
+    problems.raise_if_any()
+    check_dtypes(name, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+
+
+def _head(config: ModelConfig) -> Head | None:
+    untied = config.head == "untied"
+    if not untied and not config.head_bias:
+        return None
+    return Head(
+        config.model_dim, config.vocab_size, weight=untied, bias=config.head_bias, param_dtype=config.param_dtype
+    )
+
+
+def _table(embedding: Embeddings) -> Float[Array, "V D"]:
+    assert embedding.tokens is not None
+    return embedding.tokens.embedding[...]
+
+
+def _logits(
+    h: Float[Array, "B T D"], tied: Embeddings, head: Head | None, config: ModelConfig
+) -> Float[Array, "B T V"]:
+    E = _table(tied) if head is None or head.kernel is None else head.kernel[...].T
+    bias = None if head is None or head.bias is None else head.bias[...]
+    return unembed(h, E, scale=config.head_scale, bias=bias, softcap=config.head_softcap)
+
+
+def _places(real: Real | None, positions: Positions | None) -> tuple[Bool[Array, "B 1 1 T"] | None, Positions | None]:
+    """The mask over padded keys, and the positions: those given, else counted over real tokens."""
+    if real is None:
+        return None, positions
+    return masks.padding_mask(real), masks.positions_from(real) if positions is None else positions
+
+
+def _check_ids(
+    config: ModelConfig,
+    where: str,
+    name: str,
+    tokens: Any,
+    padding_mask: Any,
+    positions: Any,
+    token_types: Any = None,
+) -> None:
+    lowest, highest = extremes(tokens)
+    lowest_position, highest_position = extremes(positions)
+    lowest_type, highest_type = extremes(token_types)
+    check_tokens(
+        where,
+        tokens=tokens,
+        vocab_size=config.source_vocab_size if name == "source" else config.vocab_size,
+        context_length=config.context_length,
+        lowest=lowest,
+        highest=highest,
+        name=name,
+        padding_mask=padding_mask,
+        positions=positions,
+        lowest_position=lowest_position,
+        highest_position=highest_position,
+        token_types=token_types,
+        num_token_types=config.num_token_types,
+        lowest_type=lowest_type,
+        highest_type=highest_type,
+    )
+
+
+def _check_memory(config: ModelConfig, target: Any, H_enc: Any, real: Any) -> None:
+    """``H_enc [B, S, D]`` beside ``target [B, T]``, and the padding mask of its S positions."""
+    X = Outline((*target.shape, config.model_dim), config.compute_dtype)
+    check_activations("EncoderDecoder", X=X, model_dim=config.model_dim, H_enc=H_enc)
+    B, S = H_enc.shape[:2]
+    check_tokens(
+        "EncoderDecoder",
+        tokens=Outline((B, S), "int32"),
+        name="memory",
+        vocab_size=1,
+        context_length=S,
+        lowest=None,
+        highest=None,
+        padding_mask=real,
+    )

@@ -1,0 +1,136 @@
+"""Weights by path: the names and the orientation of PyTorch and of files on disk, and back.
+
+A path is the path of attributes to a parameter. Flax keeps its own names for the last step, by four rules that
+follow the type of the module which owns the leaf (its ``kind``), never the shape of the array:
+
+    linear     weight [out, in]  ↔  kernel [in, out], transposed
+    norm       weight            ↔  scale
+    embedding  weight            ↔  embedding
+    any        bias              ↔  bias
+
+This file is read last, but it comes first in imports: every module fills itself through ``initialize``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+
+from twinformer.checks import FLOATS, dtype_name
+from twinformer.config import DType, ModelConfig, NormWeight
+from twinformer.errors import Problems, WeightsError
+from twinformer.initializers import draw_weights, initial_weights
+from twinformer.parameters import Kind, Parameter
+
+if TYPE_CHECKING:
+    from flax_impl.models import EncoderDecoder, EncoderModel, LanguageModel
+
+_WEIGHT_NAMES: dict[str, Kind] = {"kernel": "linear", "scale": "norm", "embedding": "embedding"}
+
+
+class _Leaf(NamedTuple):
+    """A parameter where it lives: its owner, its kind, and the array that can be read and set."""
+
+    owner: nnx.Module
+    kind: Kind
+    param: nnx.Param[jax.Array]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in PyTorch's orientation."""
+        shape = tuple(self.param.shape)
+        return shape[::-1] if self.kind == "linear" else shape
+
+
+def load_weights(module: nnx.Module, tensors: Mapping[str, Any], *, finite: bool = False) -> None:
+    """Set every parameter from ``tensors``: path → array (NumPy or JAX) in PyTorch's orientation.
+
+    Casts to ``param_dtype``. Raises one WeightsError that names every missing, unexpected, mis-shaped and non-float
+    leaf (with ``finite``, every non-finite one too); nothing is changed unless all are right.
+    """
+    leaves = dict(_leaves(module))
+    problems = Problems(type(module).__name__, WeightsError)
+    for path, leaf in leaves.items():
+        if problems.expect(path in tensors, f"{path}: missing, expected shape {leaf.shape}"):
+            _check(path, leaf, tensors[path], finite, problems)
+    for path in tensors:
+        problems.expect(path in leaves, f"{path}: unexpected")
+    problems.raise_if_any()
+    for path, leaf in leaves.items():
+        array = jnp.asarray(tensors[path], leaf.param.dtype)
+        leaf.param.set_value(array.T if leaf.kind == "linear" else array)
+
+
+def export_weights(module: nnx.Module) -> dict[str, npt.NDArray[Any]]:
+    """Every parameter by path, a copy in PyTorch's orientation and in ``param_dtype`` (bfloat16 as ml_dtypes')."""
+    arrays = {path: (leaf.kind, np.asarray(leaf.param[...])) for path, leaf in _leaves(module)}
+    return {path: np.array(array.T if kind == "linear" else array, order="C") for path, (kind, array) in arrays.items()}
+
+
+def initialize(module: nnx.Module, seed: int, *, config: ModelConfig | None = None) -> None:
+    """Fill every parameter from ``twinformer.initializers``, by its path from ``module``.
+
+    With a model's configuration as it says; without one, linear weights are Xavier uniform.
+    """
+    load_weights(module, _drawn(module, seed) if config is None else initial_weights(config, seed))
+
+
+def load(
+    directory: str | Path, *, dtype: DType | None = None, finite: bool = False
+) -> EncoderModel | LanguageModel | EncoderDecoder:
+    """The model in a model directory, with parameters and arithmetic in ``dtype`` (None: as its configuration says).
+
+    Raises CheckpointError, ConfigError or WeightsError.
+    """
+    from flax_impl.models import build
+    from twinformer.checkpoint import read_model
+
+    config, tensors = read_model(directory)
+    model = build(config if dtype is None else config.with_dtype(dtype), seed=None)
+    load_weights(model, tensors, finite=finite)
+    return model
+
+
+def save(model: EncoderModel | LanguageModel | EncoderDecoder, directory: str | Path) -> None:
+    """Write a model directory. Raises CheckpointError."""
+    from twinformer.checkpoint import write_model
+
+    write_model(directory, model.config, export_weights(model))
+
+
+def _leaves(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, _Leaf]]:
+    """Every parameter below a module with its path, in the order of construction."""
+    for name, part in vars(module).items():
+        if isinstance(part, nnx.Param):
+            kind = _WEIGHT_NAMES.get(name, "bias")
+            assert kind in ("bias", getattr(module, "kind", None)), f"{prefix}{name} in a {type(module).__name__}"
+            yield f"{prefix}{'bias' if kind == 'bias' else 'weight'}", _Leaf(module, kind, part)
+        elif isinstance(part, nnx.Module):
+            yield from _leaves(part, f"{prefix}{name}.")
+
+
+def _check(path: str, leaf: _Leaf, tensor: Any, finite: bool, problems: Problems) -> None:
+    shape = tuple(tensor.shape)
+    problems.expect(shape == leaf.shape, f"{path}: expected shape {leaf.shape}, got {shape}")
+    if (
+        problems.expect(dtype_name(tensor) in FLOATS, f"{path}: expected a float dtype, got {dtype_name(tensor)}")
+        and finite
+    ):
+        values = np.asarray(tensor)
+        count = int(values.size - np.isfinite(values).sum())
+        problems.expect(count == 0, f"{path}: expected finite values, got {count} non-finite of {values.size}")
+
+
+def _drawn(module: nnx.Module, seed: int) -> dict[str, npt.NDArray[np.float32]]:
+    drawn: dict[str, npt.NDArray[np.float32]] = {}
+    for path, leaf in _leaves(module):
+        norm_weight: NormWeight = getattr(leaf.owner, "norm_weight", "plain")
+        drawn |= draw_weights({path: Parameter(leaf.shape, leaf.kind)}, seed, norm_weight=norm_weight)
+    return drawn

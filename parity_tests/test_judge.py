@@ -1,0 +1,252 @@
+"""The judge: agreement where there is agreement, and each rung seen to fail on a fault planted in one twin."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import flax_impl
+import torch_impl
+from twinformer.parity import CannotJudgeError, judge, random_case
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs import LADDER, RUNNABLE, forward, gradients, parameters, precision
+from twinformer.parity.twins import FlaxTwin, TorchTwin
+from twinformer.presets import PRESETS, preset
+
+
+def small(name: str, length: int = 12):
+    return random_case(name, preset(name), seed=3, batch=4, length=length)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_agree_on_every_rung_at_full_length(name):
+    report = judge(random_case(name, preset(name)))
+    report.assert_agrees()
+    assert report.exit_code == 0
+    assert list(report.rungs) == list(RUNNABLE) == ["parameters", "forward", "gradients", "precision"]
+    assert report.not_run == [step.name for step in LADDER[4:]]
+    for rung in report.rungs.values():
+        assert rung.comparisons
+
+
+@pytest.fixture(scope="module")
+def case():
+    return small("textbook-encoder-decoder")
+
+
+class Faulty(TorchTwin):
+    """A PyTorch twin with one fault, given as what happens to the model after its weights are loaded."""
+
+    def __init__(self, plant):
+        self.plant = plant
+
+    def _model(self, case):
+        model = super()._model(case)
+        self.plant(model)
+        return model
+
+
+def with_fault(case, plant):
+    return Evidence(case, (Faulty(plant), FlaxTwin()))
+
+
+def module_of(model, path):
+    return dict(model.named_modules())[path]
+
+
+def test_rung_0_finds_one_changed_weight(case):
+    def plant(model):
+        with torch.no_grad():
+            module_of(model, "decoder.blocks.1.cross_attention.value").weight[3, 2] *= 1 + 1e-6
+
+    rung = parameters.check(with_fault(case, plant))
+    assert rung.verdict == "differ"
+    assert any(
+        "decoder.blocks.1.cross_attention.value.weight" in problem and "[3, 2]" in problem for problem in rung.problems
+    )
+
+
+def test_rung_0_finds_a_square_matrix_left_transposed():
+    case = small("gpt2")
+    path = "stack.blocks.0.attention.output.weight"
+    assert case.tensors[path].shape == (48, 48)
+
+    def plant(model):
+        layer = module_of(model, path.removesuffix(".weight"))
+        layer.weight.data = layer.weight.data.T.contiguous()
+
+    rung = parameters.check(with_fault(case, plant))
+    assert rung.verdict == "differ"
+    assert all(path in problem for problem in rung.problems)
+
+
+def test_rung_0_finds_missing_and_surplus_leaves(case):
+    class Renamed(TorchTwin):
+        def leaves(self, case):
+            leaves = super().leaves(case)
+            leaves["decoder.final_norm.gain"] = leaves.pop("decoder.final_norm.weight")
+            return leaves
+
+    rung = parameters.check(Evidence(case, (Renamed(), FlaxTwin())))
+    assert rung.verdict == "differ"
+    assert "parameter only in torch_impl: decoder.final_norm.gain" in rung.problems
+    assert "parameter only in the contract: decoder.final_norm.weight" in rung.problems
+
+
+def test_different_parameter_sets_stop_the_climb_and_say_so(case, monkeypatch):
+    original = TorchTwin.exported
+    monkeypatch.setattr(TorchTwin, "exported", lambda self, case: original(self, case) | {"surplus": np.ones(1)})
+    report = judge(case)
+    assert report.verdict == "differ"
+    assert list(report.rungs) == ["parameters"]
+    assert set(report.not_run) >= {"forward", "gradients", "precision"}
+    assert any("not run" in note for note in report.notes)
+
+
+def test_rung_0_cannot_tell_the_layout_of_a_symmetric_matrix():
+    case = small("gpt2")
+    path = "stack.blocks.0.attention.query.weight"
+    case.tensors[path] = case.tensors[path] + case.tensors[path].T
+    rung = parameters.check(Evidence(case))
+    assert rung.verdict == "cannot tell"
+    assert [problem for problem in rung.problems if path in problem]
+
+
+def test_rung_1_names_the_module_that_is_wrong(case):
+    def plant(model):
+        module_of(model, "decoder.blocks.0.feedforward_norm").eps *= 10
+
+    rung = forward.check(with_fault(case, plant))
+    assert rung.verdict == "differ"
+    assert rung.culprit == "decoder.blocks.0.feedforward_norm"
+
+
+def test_rung_1_finds_a_nan_on_one_side(case):
+    def plant(model):
+        module_of(model, "decoder.final_norm").register_forward_hook(
+            lambda module, inputs, output: output.index_put(
+                (torch.tensor(0), torch.tensor(0)), torch.tensor(math.nan).double()
+            )
+        )
+
+    rung = forward.check(with_fault(case, plant))
+    assert rung.verdict == "differ"
+    assert any("NaN at different places" in problem for problem in rung.problems)
+
+
+def test_rung_1_finds_a_module_that_is_not_called(case):
+    class Skips(TorchTwin):
+        def run(self, case, **options):
+            run = super().run(case, **options)
+            del run.modules["encoder.blocks.0.attention"]
+            return run
+
+    rung = forward.check(Evidence(case, (Skips(), FlaxTwin())))
+    assert "module only in flax_impl: encoder.blocks.0.attention" in rung.problems
+
+
+class _HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / 2
+
+
+def test_rung_2_finds_a_backward_fault_that_no_forward_shows(case):
+    def plant(model):
+        module_of(model, "encoder.blocks.1.attention.value").register_forward_hook(
+            lambda module, inputs, output: _HalfGradient.apply(output)
+        )
+
+    evidence = with_fault(case, plant)
+    assert forward.check(evidence).verdict == "agree"
+    rung = gradients.check(evidence)
+    assert rung.verdict == "differ"
+    assert any(problem.startswith("encoder.blocks.1.attention.value.weight") for problem in rung.problems)
+    assert not any(problem.startswith("decoder.") for problem in rung.problems)
+
+
+def test_rung_3_finds_low_precision_where_wide_was_promised(case):
+    """A softmax input rounded to bfloat16 is invisible in float64 and the float32 run is far off."""
+
+    def plant(model):
+        for path, module in model.named_modules():
+            if path.endswith("attention.query"):
+                module.register_forward_hook(
+                    lambda module, inputs, output: (
+                        output if output.dtype == torch.float64 else output.to(torch.bfloat16).to(output.dtype)
+                    )
+                )
+
+    evidence = with_fault(case, plant)
+    assert forward.check(evidence).verdict == "agree"
+    rung = precision.check(evidence)
+    assert rung.verdict == "differ"
+    assert any("float32" in problem for problem in rung.problems)
+
+
+@pytest.mark.parametrize("rungs", [["forwards"], ["parameters", "decoding"], []])
+def test_unknown_rungs_are_refused_before_any_work(rungs, case):
+    with pytest.raises(CannotJudgeError, match="rungs"):
+        judge(case, rungs=rungs)
+
+
+def test_a_rung_that_was_not_asked_for_is_listed_as_not_run(case):
+    report = judge(case, rungs=["parameters"])
+    assert report.verdict == "agree"
+    assert report.not_run == [step.name for step in LADDER[1:]]
+    assert [row["verdict"] for row in report.to_dict()["rungs"]][1:] == ["not run"] * 10
+
+
+def test_watching_changes_nothing(case):
+    """Hooks, wrapped calls and probes leave the output as it is, bit for bit."""
+    wide = case.in_dtype("float64")
+    twin = TorchTwin()
+    inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
+    plain = twin._model(wide)(**inputs).detach().numpy()
+    assert np.array_equal(plain, twin.run(wide).output)
+    assert np.array_equal(plain, twin.run(wide, gradients=True).output)
+    flax_twin = FlaxTwin()
+    model = flax_twin._model(wide)
+    plain_flax = np.asarray(flax_impl.compiled(model)(**case.inputs))
+    assert np.array_equal(plain_flax, flax_twin.run(wide).output)
+    again = np.asarray(flax_impl.compiled(model)(**case.inputs))
+    assert np.array_equal(plain_flax, again), "the wrapped calls were not put back"
+
+
+def test_the_report_reads_and_is_json(case):
+    report = judge(case, rungs=["parameters", "forward"])
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    assert json.loads(text)["verdict"] == "agree"
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(report)
+    shown = captured.get()
+    for word in ("parameters", "forward", "gradients", "not run", "verdict: agree"):
+        assert word in shown
+
+
+def test_assert_agrees_raises_with_the_table(case):
+    def plant(model):
+        module_of(model, "encoder.final_norm").eps *= 2
+
+    report = judge(case, rungs=["parameters"])
+    report.rungs["forward"] = forward.check(with_fault(case, plant))
+    assert report.verdict == "differ"
+    assert report.exit_code == 1
+    assert report.culprit == "encoder.final_norm"
+    with pytest.raises(AssertionError, match=r"encoder\.final_norm"):
+        report.assert_agrees()
+
+
+def test_the_watch_sees_every_module_that_has_parameters(case):
+    run = TorchTwin().run(case.in_dtype("float64"))
+    model = torch_impl.build(case.config, seed=None)
+    owners = {path.rpartition(".")[0] for path, _ in model.named_parameters()}
+    assert owners - set(run.modules) <= {"head"}

@@ -1,0 +1,83 @@
+"""The transformer of twinformer in PyTorch.
+
+Read the files in this order: dropout, linear, masks, positions, norms, feedforward, attention, block, stack,
+embeddings, models, weights. Each states the equations that it computes; the book is Jurafsky & Martin, *Speech and
+Language Processing*, 3rd edition draft, chapters "Transformers" and "Machine Translation".
+
+One letter for each dimension, in signatures and in the code:
+
+    B  batch                            A  num_heads, query heads
+    T  target or query length           G  num_kv_heads, key and value heads
+    S  source or key length             K  key_dim, of one head's query or key
+    D  model_dim                        J  value_dim, of one head's value
+    F  hidden_dim of the feed-forward   L  num_layers
+    V  vocab_size                       N  context_length
+    R  rotary_dim
+
+X is what flows through the layers, H_enc what the encoder made of the source; Q, K, V and Z are queries, keys, values
+and their weighted sums; P the position encodings; E an embedding table; W and b the matrix and bias of a linear map.
+"""
+
+from torch_impl.attention import AttentionLayer, attend
+from torch_impl.block import Block
+from torch_impl.dropout import Dropout, fold, philox, random_key, random_words
+from torch_impl.embeddings import Embeddings, TokenEmbedding, unembed
+from torch_impl.feedforward import FeedForward, activate
+from torch_impl.linear import Linear
+from torch_impl.masks import causal_mask, masked_softmax, padding_mask, positions_from, quarantine, window_mask
+from torch_impl.models import EncoderDecoder, EncoderModel, LanguageModel, build, compiled
+from torch_impl.norms import LayerNorm, RMSNorm, make_head_norm, make_norm
+from torch_impl.positions import (
+    LearnedPositions,
+    PositionalEncoding,
+    RelativeBias,
+    RotaryEncoding,
+    alibi_bias,
+    alibi_slopes,
+)
+from torch_impl.stack import TransformerStack
+from torch_impl.weights import export_weights, initialize, load, load_weights, save
+
+__all__ = [
+    "AttentionLayer",
+    "Block",
+    "Dropout",
+    "Embeddings",
+    "EncoderDecoder",
+    "EncoderModel",
+    "FeedForward",
+    "LanguageModel",
+    "LayerNorm",
+    "LearnedPositions",
+    "Linear",
+    "PositionalEncoding",
+    "RMSNorm",
+    "RelativeBias",
+    "RotaryEncoding",
+    "TokenEmbedding",
+    "TransformerStack",
+    "activate",
+    "alibi_bias",
+    "alibi_slopes",
+    "attend",
+    "build",
+    "causal_mask",
+    "compiled",
+    "export_weights",
+    "fold",
+    "initialize",
+    "load",
+    "load_weights",
+    "make_head_norm",
+    "make_norm",
+    "masked_softmax",
+    "padding_mask",
+    "philox",
+    "positions_from",
+    "quarantine",
+    "random_key",
+    "random_words",
+    "save",
+    "unembed",
+    "window_mask",
+]

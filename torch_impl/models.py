@@ -1,0 +1,318 @@
+"""The three models: an encoder, a language model, and an encoder with a decoder."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+from torch_impl import masks
+from torch_impl.dropout import Key, places
+from torch_impl.embeddings import Embeddings, check_ids, unembed
+from torch_impl.linear import DTYPES, new_parameter
+from torch_impl.stack import TransformerStack
+from torch_impl.weights import initialize
+from twinformer.checks import dtype_name
+from twinformer.config import Architecture, ModelConfig
+from twinformer.errors import ConfigError, InputError, Problems
+
+
+class Head(nn.Module):
+    """What the head owns: a matrix of its own when it is untied, a bias when it has one. ``unembed`` does the rest."""
+
+    kind = "linear"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        V, D, dtype = config.vocab_size, config.model_dim, config.param_dtype
+        self.weight = new_parameter(V, D, dtype=dtype) if config.head == "untied" else None
+        self.bias = new_parameter(V, dtype=dtype) if config.head_bias else None
+
+
+class _Model(nn.Module):
+    """What the three have in common: a config, a head, and checks that ``compiled`` can run beforehand."""
+
+    architecture: Architecture
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.architecture != self.architecture:
+            wanted = f"architecture: expected {self.architecture!r}, got {config.architecture!r}"
+            raise ConfigError(type(self).__name__, [wanted])
+        self.config = config
+        self.compute_dtype = DTYPES[config.compute_dtype]
+
+    def _finish(self, seed: int | None) -> None:
+        """The head, last in the order of parameters, and then the weights."""
+        owns = self.config.head == "untied" or self.config.head_bias
+        self.head = Head(self.config) if owns else None
+        initialize(self, seed, config=self.config)
+
+    def _logits(self, h: Tensor, table: Tensor | None) -> Tensor:
+        config = self.config
+        E = table if self.head is None or self.head.weight is None else self.head.weight
+        assert E is not None
+        bias = None if self.head is None else self.head.bias
+        return unembed(h, E, scale=config.head_scale, bias=bias, softcap=config.head_softcap)
+
+    def _check(self, *args: Any, **kwargs: Any) -> None:
+        """Raise InputError for wrong arguments of ``forward``."""
+        raise NotImplementedError
+
+
+class _OneStack(_Model):
+    """Embeddings, one stack, and a head."""
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
+        super().__init__(config)
+        self.embedding = Embeddings(config, config.vocab_size, seed=None)
+        self.stack = TransformerStack.from_config(config, config.num_layers, causal=self.architecture == "decoder")
+        self._finish(seed)
+
+    def _check(
+        self,
+        tokens: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        token_types: Tensor | None = None,
+        rng: Tensor | None = None,
+    ) -> None:
+        check_ids(
+            type(self).__name__,
+            self.config,
+            tokens,
+            vocab_size=self.config.vocab_size,
+            padding_mask=padding_mask,
+            positions=positions,
+            token_types=token_types,
+        )
+
+    def _run(
+        self, tokens: Tensor, real: Tensor | None, positions: Tensor | None, types: Tensor | None, rng: Tensor | None
+    ) -> Tensor:
+        key = places(rng, 2)
+        mask = None
+        if real is not None:
+            mask = masks.padding_mask(real)
+            positions = masks.positions_from(real) if positions is None else positions
+        X = self.embedding(tokens, positions, types, rng=key[0])
+        h: Tensor = self.stack(X, mask=mask, positions=positions, rng=key[1])
+        if self.config.head == "none":
+            return h
+        tokens_of_embedding = self.embedding.tokens
+        return self._logits(h, None if tokens_of_embedding is None else tokens_of_embedding.weight)
+
+
+class EncoderModel(_OneStack):
+    """Every token sees every other (book, chapter "Masked Language Models"): hidden states, or logits with a head.
+
+    ``padding_mask`` is True at real tokens: padded keys are hidden, and positions are counted over real tokens unless
+    they are given. Raises ConfigError for a config of another architecture, InputError for wrong shapes, dtypes and
+    ids; inside ``torch.compile``, where ids cannot be seen, an id out of range gives NaN.
+    """
+
+    architecture = "encoder"
+
+    def forward(
+        self,
+        tokens: Integer[Tensor, "B T"],
+        *,
+        padding_mask: Bool[Tensor, "B T"] | None = None,
+        positions: Integer[Tensor, "#B T"] | None = None,
+        token_types: Integer[Tensor, "B T"] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Tensor, "B T DV"]:
+        if not torch.compiler.is_compiling():
+            self._check(tokens, padding_mask=padding_mask, positions=positions, token_types=token_types)
+        return self._run(tokens, padding_mask, positions, token_types, rng)
+
+
+class LanguageModel(_OneStack):
+    """Each token sees itself and those before it (book, chapter "Transformers"): logits of the next token.
+
+    ``padding_mask`` and errors as in ``EncoderModel``.
+    """
+
+    architecture = "decoder"
+
+    def forward(
+        self,
+        tokens: Integer[Tensor, "B T"],
+        *,
+        padding_mask: Bool[Tensor, "B T"] | None = None,
+        positions: Integer[Tensor, "#B T"] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        if not torch.compiler.is_compiling():
+            self._check(tokens, padding_mask=padding_mask, positions=positions)
+        return self._run(tokens, padding_mask, positions, None, rng)
+
+
+class EncoderDecoder(_Model):
+    """An encoder reads the source; a decoder sees it, itself and what it has written.
+
+    Book, chapter "Machine Translation". Called as a whole, or in two parts: ``encode``, then ``decode``. Masks and
+    errors as in ``EncoderModel``.
+    """
+
+    architecture = "encoder-decoder"
+
+    def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
+        super().__init__(config)
+        self.source_embedding = Embeddings(config, config.source_vocab_size, seed=None)
+        self.encoder = TransformerStack.from_config(config, config.num_encoder_layers)
+        self.target_embedding = Embeddings(config, 0 if config.share_embeddings else config.vocab_size, seed=None)
+        self.decoder = TransformerStack.from_config(config, config.num_layers, causal=True, cross_attention=True)
+        self._finish(seed)
+
+    def forward(
+        self,
+        source: Integer[Tensor, "B S"],
+        target: Integer[Tensor, "B T"],
+        *,
+        source_padding_mask: Bool[Tensor, "B S"] | None = None,
+        target_padding_mask: Bool[Tensor, "B T"] | None = None,
+        source_positions: Integer[Tensor, "#B S"] | None = None,
+        target_positions: Integer[Tensor, "#B T"] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        H_enc = self.encode(source, source_padding_mask=source_padding_mask, source_positions=source_positions, rng=rng)
+        return self.decode(
+            target,
+            H_enc,
+            memory_padding_mask=source_padding_mask,
+            target_padding_mask=target_padding_mask,
+            target_positions=target_positions,
+            rng=rng,
+        )
+
+    def encode(
+        self,
+        source: Integer[Tensor, "B S"],
+        *,
+        source_padding_mask: Bool[Tensor, "B S"] | None = None,
+        source_positions: Integer[Tensor, "#B S"] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """What the encoder makes of the source: ``H_enc``."""
+        if not torch.compiler.is_compiling():
+            self._check_source(source, source_padding_mask, source_positions)
+        key = places(rng, 4)
+        mask = None
+        if source_padding_mask is not None:
+            mask = masks.padding_mask(source_padding_mask)
+            if source_positions is None:
+                source_positions = masks.positions_from(source_padding_mask)
+        X = self.source_embedding(source, source_positions, rng=key[0])
+        H_enc: Tensor = self.encoder(X, mask=mask, positions=source_positions, rng=key[1])
+        return H_enc
+
+    def decode(
+        self,
+        target: Integer[Tensor, "B T"],
+        H_enc: Float[Tensor, "B S D"],
+        *,
+        memory_padding_mask: Bool[Tensor, "B S"] | None = None,
+        target_padding_mask: Bool[Tensor, "B T"] | None = None,
+        target_positions: Integer[Tensor, "#B T"] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the token after each token of the target. ``memory_padding_mask`` is that of the source."""
+        if not torch.compiler.is_compiling():
+            self._check_target(target, target_padding_mask, target_positions)
+            _check_memory_padding(memory_padding_mask, H_enc)
+        key = places(rng, 4)
+        mask = None
+        if target_padding_mask is not None:
+            mask = masks.padding_mask(target_padding_mask)
+            if target_positions is None:
+                target_positions = masks.positions_from(target_padding_mask)
+        memory_mask = None if memory_padding_mask is None else masks.padding_mask(memory_padding_mask)
+        owner = self.source_embedding if self.config.share_embeddings else self.target_embedding
+        assert owner.tokens is not None
+        table = owner.tokens.weight
+        shared = table if self.config.share_embeddings else None
+        X = self.target_embedding(target, target_positions, table=shared, rng=key[2])
+        h = self.decoder(X, H_enc, mask, memory_mask, positions=target_positions, rng=key[3])
+        return self._logits(h, table)
+
+    def _check(
+        self,
+        source: Tensor,
+        target: Tensor,
+        *,
+        source_padding_mask: Tensor | None = None,
+        target_padding_mask: Tensor | None = None,
+        source_positions: Tensor | None = None,
+        target_positions: Tensor | None = None,
+        rng: Tensor | None = None,
+    ) -> None:
+        self._check_source(source, source_padding_mask, source_positions)
+        self._check_target(target, target_padding_mask, target_positions)
+
+    def _check_source(self, source: Tensor, padding_mask: Tensor | None, positions: Tensor | None) -> None:
+        check_ids(
+            "EncoderDecoder",
+            self.config,
+            source,
+            vocab_size=self.config.source_vocab_size,
+            name="source",
+            padding_mask=padding_mask,
+            positions=positions,
+        )
+
+    def _check_target(self, target: Tensor, padding_mask: Tensor | None, positions: Tensor | None) -> None:
+        check_ids(
+            "EncoderDecoder",
+            self.config,
+            target,
+            vocab_size=self.config.vocab_size,
+            name="target",
+            padding_mask=padding_mask,
+            positions=positions,
+        )
+
+
+def _check_memory_padding(mask: Tensor | None, H_enc: Tensor) -> None:
+    if mask is None:
+        return
+    problems = Problems("EncoderDecoder", InputError)
+    have, want = tuple(mask.shape), tuple(H_enc.shape[:2])
+    problems.expect(have == want, f"memory_padding_mask: expected shape [B, S] = {want}, got {have}")
+    problems.expect(
+        mask.dtype == torch.bool,
+        f"memory_padding_mask: expected bool (True = real token), got {dtype_name(mask)}",
+    )
+    problems.raise_if_any()
+
+
+def build(config: ModelConfig, *, seed: int | None = 0) -> EncoderModel | LanguageModel | EncoderDecoder:
+    """The model that the config names."""
+    match config.architecture:
+        case "encoder":
+            return EncoderModel(config, seed=seed)
+        case "decoder":
+            return LanguageModel(config, seed=seed)
+        case "encoder-decoder":
+            return EncoderDecoder(config, seed=seed)
+
+
+def compiled(model: EncoderModel | LanguageModel | EncoderDecoder) -> Callable[..., Tensor]:
+    """A callable with the model's signature: it checks its inputs, then runs one compiled program.
+
+    The program (``torch.compile``, fullgraph) is compiled at the first call and once more for other shapes. It reads
+    the model's parameters as they are at each call.
+    """
+    program = torch.compile(model, fullgraph=True)
+
+    @functools.wraps(model.forward)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        model._check(*args, **kwargs)
+        logits: Tensor = program(*args, **kwargs)
+        return logits
+
+    return call
