@@ -24,9 +24,9 @@ Added = Float[Array, "..."]
 
 
 def attend(
-    Q: Float[Array, "B A T K"],
-    K: Float[Array, "B G S K"],
-    V: Float[Array, "B G S J"],
+    Q: Float[Array | np.ndarray, "B A T K"],
+    K: Float[Array | np.ndarray, "B G S K"],
+    V: Float[Array | np.ndarray, "B G S J"],
     *,
     scale: float,
     softcap: float | None = None,
@@ -43,6 +43,7 @@ def attend(
     Source: book, "Multi-head attention"; Vaswani et al. 2017, eq. 1; heads in groups: Ainslie et al. 2023,
     arXiv:2305.13245.
     """
+    Q, K, V = jnp.asarray(Q), jnp.asarray(K), jnp.asarray(V)
     B, A, T, _ = Q.shape
     G, S = K.shape[1:3]
     # the A // G query heads of a group lie side by side: as one tall matrix they meet their key head in one product

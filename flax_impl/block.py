@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from flax_impl.attention import AttentionLayer, Mask
-from flax_impl.dropout import Dropout, Key, fold_if
+from flax_impl.dropout import Dropout, Key, fold_all
 from flax_impl.feedforward import FeedForward
 from flax_impl.linear import check_dtypes
 from flax_impl.norms import LayerNorm, RMSNorm, make_head_norm, make_norm
@@ -79,7 +79,7 @@ class Block(nnx.Module):
             takes_memory=self.cross_attention is not None,
         )
         X = jnp.asarray(X, self.config.compute_dtype)
-        rngs = [fold_if(rng, place) for place in range(6)]
+        rngs = fold_all(rng, 6)
         X = self._branch(
             X,
             self.attention_norm,

@@ -4,6 +4,8 @@ A key is an array of two 32-bit words. Every place in a model that needs random 
 into the key of its owner, so that a mask depends on nothing but (seed, place, index of the element).
 """
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -17,10 +19,10 @@ from twinformer.checks import INTEGERS, dtype_name
 from twinformer.errors import InputError, Problems
 
 Key = Integer[Array | np.ndarray, "2"]
+Words = tuple[UInt32[Array, "*n"], UInt32[Array, "*n"], UInt32[Array, "*n"], UInt32[Array, "*n"]]
 
 
-@jax.jit
-def philox(counter: UInt32[Array, "*n 4"], key: UInt32[Array, "2"]) -> UInt32[Array, "*n 4"]:
+def philox(counter: Integer[Array | np.ndarray, "*n 4"], key: Key) -> UInt32[Array, "*n 4"]:
     """Philox4x32-10: ten rounds that turn a counter of four words into four random words.
 
     One round, with 64-bit products ``(h0, l0) = 0xD2511F53 · c0`` and ``(h1, l1) = 0xCD9E8D57 · c2``::
@@ -29,13 +31,8 @@ def philox(counter: UInt32[Array, "*n 4"], key: UInt32[Array, "2"]) -> UInt32[Ar
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    c0, c1, c2, c3 = (counter[..., i] for i in range(4))
-    k0, k1 = key[0], key[1]
-    for _ in range(10):
-        (h0, l0), (h1, l1) = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = k0 + jnp.uint32(0x9E3779B9), k1 + jnp.uint32(0xBB67AE85)
-    return jnp.stack([c0, c1, c2, c3], axis=-1)
+    c = jnp.asarray(counter).astype(jnp.uint32)
+    return jnp.stack(_rounds((c[..., 0], c[..., 1], c[..., 2], c[..., 3]), _words(key)), axis=-1)
 
 
 def random_key(seed: int) -> UInt32[Array, "2"]:
@@ -51,15 +48,16 @@ def fold(key: Key, number: int | np.integer[Any] | Integer[Array | np.ndarray, "
 
     ``number`` is a 32-bit word and may be traced. Raises InputError for a key of another shape.
     """
-    word = np.uint32(number) if isinstance(number, int) else jnp.asarray(number).astype(jnp.uint32)
-    counter = jnp.zeros(4, jnp.uint32).at[0].set(word).at[3].set(1)
-    words: Array = philox(counter, _words(key))
-    return words[:2]
+    word = jnp.uint32(number) if isinstance(number, int) else jnp.asarray(number).astype(jnp.uint32)
+    folded: Array = _fold(_words(key), word)
+    return folded
 
 
-def fold_if(key: Key | None, number: int) -> UInt32[Array, "2"] | None:
-    """``fold``, where no key stays no key (no dropout)."""
-    return None if key is None else fold(key, number)
+def fold_all(key: Key | None, count: int) -> list[UInt32[Array, "2"] | None]:
+    """The keys of the places ``0 … count - 1``, in one go. Without a key (no dropout) there are none for any place."""
+    if key is None:
+        return [None] * count
+    return list(_fold(_words(key), jnp.arange(count, dtype=jnp.uint32)))
 
 
 def random_words(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
@@ -67,14 +65,12 @@ def random_words(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
 
     Raises InputError for a key of another shape, or for 2³² elements and more.
     """
-    size = int(np.prod(shape, dtype=object)) if shape else 1
+    size = math.prod(shape)
     problems = Problems("random_words", InputError)
     problems.expect(size < 2**32, f"shape: expected fewer than 2**32 elements, got {size} in {shape}")
     problems.raise_if_any()
-    blocks = jnp.arange(-(-size // 4), dtype=jnp.uint32)
-    counters = jnp.pad(blocks[:, None], ((0, 0), (0, 3)))
-    words: Array = philox(counters, _words(key))
-    return words.reshape(-1)[:size].reshape(shape)
+    words: Array = _fill(_words(key), shape)
+    return words
 
 
 class Dropout(nnx.Module):
@@ -102,13 +98,35 @@ class Dropout(nnx.Module):
         return jnp.where(kept, scaled, jnp.zeros_like(X))
 
 
+@jax.jit
+def _fold(key: UInt32[Array, "2"], number: UInt32[Array, "*n"]) -> UInt32[Array, "*n 2"]:
+    zero = jnp.zeros_like(number)
+    return jnp.stack(_rounds((number, zero, zero, zero + 1), key)[:2], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _fill(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    i = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    zero = jnp.zeros_like(i)
+    # every element computes its block of four anew: cheap arithmetic that XLA fuses into the one loop that uses it
+    w0, w1, w2, w3 = _rounds((i >> 2, zero, zero, zero), key)
+    place = i & 3
+    return jnp.where(place < 2, jnp.where(place == 0, w0, w1), jnp.where(place == 2, w2, w3))
+
+
+def _rounds(counter: Words, key: UInt32[Array, "2"]) -> Words:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key[0], key[1]
+    for _ in range(10):
+        (h0, l0), (h1, l1) = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = k0 + jnp.uint32(0x9E3779B9), k1 + jnp.uint32(0xBB67AE85)
+    return c0, c1, c2, c3
+
+
 def _product(a: int, b: UInt32[Array, "*n"]) -> tuple[UInt32[Array, "*n"], UInt32[Array, "*n"]]:
-    """High and low word of the 64-bit product a · b, by halves of 16 bits: JAX has no 64-bit integers by default."""
-    a_high, a_low = jnp.uint32(a >> 16), jnp.uint32(a & 0xFFFF)
-    b_high, b_low = b >> 16, b & 0xFFFF
-    middle = a_high * b_low + (a_low * b_low >> 16)  # at most 2³² - 2¹⁶: no carry is lost
-    other = a_low * b_high + (middle & 0xFFFF)
-    return a_high * b_high + (middle >> 16) + (other >> 16), jnp.uint32(a) * b
+    """High and low word of the 64-bit product a · b: JAX has no 64-bit integers unless told."""
+    return jax.lax.mulhi(jnp.uint32(a), b), jnp.uint32(a) * b
 
 
 def _words(key: Key) -> UInt32[Array, "2"]:

@@ -68,13 +68,14 @@ class Embeddings(nnx.Module):
         D, N, offset = config.model_dim, config.context_length, config.position_offset
         self.config = config
         self.tokens = TokenEmbedding(vocab_size, D, **dtypes, seed=None) if vocab_size else None
-        self.positions: LearnedPositions | PositionalEncoding | None = None
+        positions: LearnedPositions | PositionalEncoding | None = None
         if config.positions == "learned":
-            self.positions = LearnedPositions(N + offset, D, offset=offset, **dtypes, seed=None)
+            positions = LearnedPositions(N + offset, D, offset=offset, **dtypes, seed=None)
         elif config.positions == "sinusoidal":
-            self.positions = PositionalEncoding(
+            positions = PositionalEncoding(
                 D, 0.0, N, layout=config.sinusoid_layout, spacing=config.sinusoid_spacing, offset=offset
             )
+        self.positions = positions
         types = config.num_token_types
         self.token_types = TokenEmbedding(types, D, **dtypes, seed=None) if types else None
         self.norm = make_norm(D, config) if config.embedding_norm else None
@@ -92,14 +93,14 @@ class Embeddings(nnx.Module):
         rng: Key | None = None,
     ) -> Float[Array, "B T D"]:
         config = self.config
-        table = self._table(table)
+        rows = self._table(table)
         lowest, highest = extremes(tokens)
         lowest_position, highest_position = extremes(positions)
         lowest_type, highest_type = extremes(token_types)
         check_tokens(
             "Embeddings",
             tokens=tokens,
-            vocab_size=table.shape[0],
+            vocab_size=rows.shape[0],
             context_length=config.context_length,
             lowest=lowest,
             highest=highest,
@@ -111,7 +112,10 @@ class Embeddings(nnx.Module):
             lowest_type=lowest_type,
             highest_type=highest_type,
         )
-        X = take_rows(table, tokens).astype(config.compute_dtype)
+        if table is None and self.tokens is not None:
+            X = self.tokens(tokens)
+        else:
+            X = take_rows(rows, tokens).astype(config.compute_dtype)
         if config.embedding_scale is not None:
             X = X * jnp.asarray(config.embedding_scale, X.dtype)
         positions = jnp.arange(X.shape[1])[None] if positions is None else positions
@@ -140,7 +144,7 @@ class Embeddings(nnx.Module):
 
 
 def unembed(
-    h: Float[Array, "*n D"],
+    h: Float[Array | np.ndarray, "*n D"],
     E: Float[Array | np.ndarray, "V D"],
     *,
     scale: float | None = None,
@@ -154,6 +158,7 @@ def unembed(
 
     Source: book, "The language modeling head"; tied: Press & Wolf 2017, arXiv:1608.05859.
     """
+    h = jnp.asarray(h)
     if scale is not None:
         h = h * jnp.asarray(scale, h.dtype)
     logits = matmul(h, jnp.asarray(E, h.dtype).T)

@@ -16,7 +16,7 @@ from twinformer.checks import check_sizes, check_width
 from twinformer.config import Activation, DType
 
 
-def activate(X: Float[Array, "*n"], name: Activation) -> Float[Array, "*n"]:
+def activate(X: Float[Array | np.ndarray, "*n"], name: Activation) -> Float[Array, "*n"]:
     """The non-linearity, in the dtype of X.
 
     ``relu``: ``max(x, 0)``; ``gelu``: ``x Φ(x)`` (Hendrycks & Gimpel 2016, arXiv:1606.08415);
@@ -24,6 +24,7 @@ def activate(X: Float[Array, "*n"], name: Activation) -> Float[Array, "*n"]:
     Raises ConfigError for any other name.
     """
     check_choices("activate", name=(name, Activation))
+    X = jnp.asarray(X)
     if name == "relu":
         return jax.nn.relu(X)
     if name == "gelu":

@@ -82,10 +82,10 @@ def check_ids(where: str, name: str, ids: Any, size: int) -> None:
 
 
 def take_rows(
-    table: Float[Array, "V D"], ids: Integer[Array | np.ndarray, "*n"], offset: int = 0
+    table: Float[Array | np.ndarray, "V D"], ids: Integer[Array | np.ndarray, "*n"], offset: int = 0
 ) -> Float[Array, "*n D"]:
     """Rows ``ids + offset`` of a table; NaN for ids below 0 or too high (JAX alone would count back from the end)."""
-    ids = jnp.asarray(ids)
+    table, ids = jnp.asarray(table), jnp.asarray(ids)
     if ids.dtype.itemsize < 4:  # the number of rows need not fit
         ids = ids.astype(jnp.int32)
     good = (ids >= 0) & (ids < table.shape[0] - offset)
@@ -124,5 +124,5 @@ class Linear(nnx.Module):
     def __call__(self, X: Float[Array | np.ndarray, "*n in"]) -> Float[Array, "*n out"]:
         check_width("Linear", X=X, width=self.in_dim)
         dtype = self.compute_dtype
-        Y = matmul(jnp.asarray(X, dtype), self.kernel[...].astype(dtype))
-        return Y if self.bias is None else Y + self.bias[...].astype(dtype)
+        Y = matmul(jnp.asarray(X, dtype), jnp.asarray(self.kernel[...], dtype))
+        return Y if self.bias is None else Y + jnp.asarray(self.bias[...], dtype)

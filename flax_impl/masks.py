@@ -38,12 +38,13 @@ def positions_from(real: Bool[Array | np.ndarray, "B T"]) -> Int[Array, "B T"]:
 
 
 def masked_softmax(
-    scores: Float[Array, "*n T S"], allowed: Bool[Array | np.ndarray, "..."] | None
+    scores: Float[Array | np.ndarray, "*n T S"], allowed: Bool[Array | np.ndarray, "..."] | None
 ) -> Float[Array, "*n T S"]:
     """``exp(s_j) / Σ exp(s_k)`` over the allowed keys of each row, 0 elsewhere.
 
     A row with nothing allowed is all zeros, with zero gradient.
     """
+    scores = jnp.asarray(scores)
     if allowed is None:
         return jax.nn.softmax(scores, axis=-1)
     # constant for the gradient, which no shift of a row can change
@@ -54,18 +55,21 @@ def masked_softmax(
     return exps / jnp.where(total == 0, 1, total)
 
 
-def quarantine(X: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
+def quarantine(X: Float[Array | np.ndarray, "B S D"]) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
     """X with every row that holds a non-finite value replaced by 0, and where those rows were.
 
     0 · NaN is NaN: a row that is hidden by a weight of 0 has to be taken out before it is multiplied.
     """
+    X = jnp.asarray(X)
     broken = ~jnp.all(jnp.isfinite(X), axis=-1)
     return jnp.where(broken[..., None], 0, X), broken
 
 
-def exposed(broken: Bool[Array, "B S"], allowed: Bool[Array | np.ndarray, "..."] | None) -> Bool[Array, "B T_or_1"]:
+def exposed(
+    broken: Bool[Array | np.ndarray, "B S"], allowed: Bool[Array | np.ndarray, "..."] | None
+) -> Bool[Array, "B T_or_1"]:
     """The queries that may attend to a broken row, in any head. Without a mask all may: one entry stands for all."""
-    seen = broken[:, None, None, :]
+    seen = jnp.asarray(broken)[:, None, None, :]
     if allowed is not None:
         seen = seen & allowed
     return jnp.any(seen, axis=(1, 3))

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 
 from flax_impl import masks
-from flax_impl.dropout import Key, fold_if
+from flax_impl.dropout import Key, fold_all
 from flax_impl.embeddings import Embeddings, Ids, unembed
 from flax_impl.linear import Outline, check_dtypes, extremes
 from flax_impl.positions import Positions
@@ -23,6 +23,9 @@ from twinformer.config import Architecture, DType, ModelConfig
 from twinformer.errors import ConfigError, Problems
 
 Real = Bool[Array | np.ndarray, "B T"]
+SourceIds = Integer[Array | np.ndarray, "B S"]
+SourceReal = Bool[Array | np.ndarray, "B S"]
+SourcePositions = Integer[Array | np.ndarray, "#B S"]
 
 
 class Head(nnx.Module):
@@ -66,8 +69,9 @@ class EncoderModel(nnx.Module):
     ) -> Float[Array, "B T out"]:
         self._check(tokens, padding_mask=padding_mask, positions=positions, token_types=token_types)
         mask, positions = _places(padding_mask, positions)
-        X = self.embedding(tokens, positions, token_types, rng=fold_if(rng, 0))
-        h = self.stack(X, mask=mask, positions=positions, rng=fold_if(rng, 1))
+        rngs = fold_all(rng, 2)
+        X = self.embedding(tokens, positions, token_types, rng=rngs[0])
+        h = self.stack(X, mask=mask, positions=positions, rng=rngs[1])
         return h if self.config.head == "none" else _logits(h, self.embedding, self.head, self.config)
 
     def _check(
@@ -110,8 +114,9 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "B T V"]:
         self._check(tokens, padding_mask=padding_mask, positions=positions)
         mask, positions = _places(padding_mask, positions)
-        X = self.embedding(tokens, positions, rng=fold_if(rng, 0))
-        h = self.stack(X, mask=mask, positions=positions, rng=fold_if(rng, 1))
+        rngs = fold_all(rng, 2)
+        X = self.embedding(tokens, positions, rng=rngs[0])
+        h = self.stack(X, mask=mask, positions=positions, rng=rngs[1])
         return _logits(h, self.embedding, self.head, self.config)
 
     def _check(self, tokens: Any, *, padding_mask: Any = None, positions: Any = None, rng: Any = None) -> None:
@@ -145,12 +150,12 @@ class EncoderDecoder(nnx.Module):
 
     def __call__(
         self,
-        source: Ids,
+        source: SourceIds,
         target: Ids,
         *,
-        source_padding_mask: Real | None = None,
+        source_padding_mask: SourceReal | None = None,
         target_padding_mask: Real | None = None,
-        source_positions: Positions | None = None,
+        source_positions: SourcePositions | None = None,
         target_positions: Positions | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "B T V"]:
@@ -174,24 +179,25 @@ class EncoderDecoder(nnx.Module):
 
     def encode(
         self,
-        source: Ids,
+        source: SourceIds,
         *,
-        source_padding_mask: Real | None = None,
-        source_positions: Positions | None = None,
+        source_padding_mask: SourceReal | None = None,
+        source_positions: SourcePositions | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "B S D"]:
         """The states ``H_enc`` of the encoder. ``rng`` is the model's, not the encoder's own."""
         _check_ids(self.config, "EncoderDecoder", "source", source, source_padding_mask, source_positions)
         mask, positions = _places(source_padding_mask, source_positions)
-        X = self.source_embedding(source, positions, rng=fold_if(rng, 0))
-        return self.encoder(X, mask=mask, positions=positions, rng=fold_if(rng, 1))
+        rngs = fold_all(rng, 4)
+        X = self.source_embedding(source, positions, rng=rngs[0])
+        return self.encoder(X, mask=mask, positions=positions, rng=rngs[1])
 
     def decode(
         self,
         target: Ids,
         H_enc: Float[Array | np.ndarray, "B S D"],
         *,
-        memory_padding_mask: Bool[Array | np.ndarray, "B S"] | None = None,
+        memory_padding_mask: SourceReal | None = None,
         target_padding_mask: Real | None = None,
         target_positions: Positions | None = None,
         rng: Key | None = None,
@@ -201,11 +207,12 @@ class EncoderDecoder(nnx.Module):
         _check_memory(self.config, target, H_enc, memory_padding_mask)
         memory_mask = None if memory_padding_mask is None else masks.padding_mask(memory_padding_mask)
         mask, positions = _places(target_padding_mask, target_positions)
-        shared = self.source_embedding if self.config.share_embeddings else self.target_embedding
-        table = _table(shared)
-        X = self.target_embedding(target, positions, table=table, rng=fold_if(rng, 2))
-        h = self.decoder(X, H_enc, mask, memory_mask, positions=positions, rng=fold_if(rng, 3))
-        return _logits(h, shared, self.head, self.config)
+        owner = self.source_embedding if self.config.share_embeddings else self.target_embedding
+        table = _table(owner) if self.config.share_embeddings else None
+        rngs = fold_all(rng, 4)
+        X = self.target_embedding(target, positions, table=table, rng=rngs[2])
+        h = self.decoder(X, H_enc, mask, memory_mask, positions=positions, rng=rngs[3])
+        return _logits(h, owner, self.head, self.config)
 
     def _check(
         self,

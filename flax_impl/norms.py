@@ -137,11 +137,11 @@ def _weighted(
     compute_dtype: DType,
 ) -> Float[Array, "*n width"]:
     """``normal · w + b``, cast to compute_dtype after (the usual) or before."""
-    factor = scale[...].astype(normal.dtype)
+    factor = jnp.asarray(scale[...], normal.dtype)
     if weight == "one_plus":
         factor = 1 + factor
     work = normal.dtype if cast == "after_weight" else np.dtype(compute_dtype)
     Y = normal.astype(work) * factor.astype(work)
     if bias is not None:
-        Y = Y + bias[...].astype(work)
+        Y = Y + jnp.asarray(bias[...], work)
     return Y.astype(compute_dtype)

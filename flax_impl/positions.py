@@ -140,7 +140,8 @@ class RotaryEncoding(nnx.Module):
         problems.raise_if_any()
         self.rotary_dim, self.base, self.convention, self.scaling = rotary_dim, base, convention, scaling
 
-    def __call__(self, X: Float[Array, "B A T K"], positions: Positions) -> Float[Array, "B A T K"]:
+    def __call__(self, X: Float[Array | np.ndarray, "B A T K"], positions: Positions) -> Float[Array, "B A T K"]:
+        X = jnp.asarray(X)
         R, wide = self.rotary_dim, wide_dtype(X.dtype)
         angles = jnp.asarray(positions).astype(wide)[:, None, :, None] * jnp.asarray(self.frequencies(), wide)
         stretch = self.scaling.attention_factor if self.scaling.kind == "yarn" else 1.0
@@ -228,12 +229,13 @@ class RelativeBias(nnx.Module):
     def __call__(
         self, query_positions: Positions, key_positions: Integer[Array | np.ndarray, "#B S"]
     ) -> Float[Array, "#B A T S"]:
-        table = self.embedding[...].astype(wide_dtype(self.compute_dtype))
+        table = jnp.asarray(self.embedding[...], wide_dtype(self.compute_dtype))
         n = _distance(query_positions, key_positions)
         return jnp.moveaxis(table.at[self.buckets(n)].get(mode="promise_in_bounds"), -1, 1)
 
-    def buckets(self, n: Int[Array, "*n"]) -> Int[Array, "*n"]:
+    def buckets(self, n: Int[Array | np.ndarray, "*n"]) -> Int[Array, "*n"]:
         """The bucket of each ``n = key - query``."""
+        n = jnp.asarray(n)
         buckets, first = self.num_buckets, jnp.zeros_like(n)
         if self.bidirectional:
             buckets //= 2

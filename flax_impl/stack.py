@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from flax_impl.attention import Mask
 from flax_impl.block import Block
-from flax_impl.dropout import Key, fold_if
+from flax_impl.dropout import Key, fold_all
 from flax_impl.linear import check_dtypes
 from flax_impl.norms import make_norm
 from flax_impl.positions import Positions, RelativeBias, alibi_bias
@@ -132,8 +132,8 @@ class TransformerStack(nnx.Module):
         positions = jnp.arange(X.shape[1])[None] if positions is None else jnp.asarray(positions)
         bias = self._bias(positions, bias)
         run = _rematerialised if self.config.remat else _plain
-        for i, block in enumerate(self.blocks):
-            X = run(block, X, H_enc, mask, memory_mask, positions, bias, fold_if(rng, i))
+        for block, key in zip(self.blocks, fold_all(rng, len(self.blocks)), strict=True):
+            X = run(block, X, H_enc, mask, memory_mask, positions, bias, key)
         return X if self.final_norm is None else self.final_norm(X)
 
     def _bias(

@@ -65,7 +65,7 @@ def test_disagreement_is_exit_code_1(tmp_path):
     )
     assert done.returncode == 1, done.stderr + done.stdout
     assert "verdict: differ" in done.stdout
-    assert "first to differ: stack.blocks.0.feedforward" in done.stdout
+    assert "culprit: stack.blocks.0.feedforward" in done.stdout
 
 
 def test_fresh_initial_weights_are_judged_too(tmp_path):

@@ -21,7 +21,7 @@ from parity_tests.helpers import (
     reference_words,
     to_numpy,
 )
-from twinformer.errors import InputError
+from twinformer.errors import InputError, TwinformerError
 
 # Salmon et al. 2011, the authors' known answers (Random123, kat_vectors)
 KNOWN = [
@@ -85,7 +85,7 @@ def test_random_words_run_through_the_shape_row_by_row(twin, shape):
 
 
 @both
-@pytest.mark.parametrize("number", [0, 1, 2, 11, 255, 2**31 - 1])
+@pytest.mark.parametrize("number", [0, 1, 11, 2**31 - 1, 2**31, 2**32 - 1])
 def test_fold(twin, number):
     for seed in SEEDS:
         folded = twin.file("dropout").fold(twin.key(seed), number)
@@ -208,6 +208,17 @@ def test_reproducible_and_without_memory(twin):
     assert_close(twin.file("dropout").Dropout(0.5)(twin.array(X), rng=twin.key(1)), first, rtol=0)
     other = to_numpy(layer(twin.array(X), rng=twin.key(2)))
     assert 0.4 < (first != other).mean() < 0.6
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.5, -0.1, float("nan")])
+def test_rate_out_of_range(rate):
+    """The same error in both, in the same words."""
+    refusals = []
+    for twin in (TORCH, FLAX):
+        with pytest.raises(TwinformerError, match=r"rate: expected a rate in \[0, 1\)") as refusal:
+            twin.file("dropout").Dropout(rate)
+        refusals.append((type(refusal.value), str(refusal.value)))
+    assert refusals[0] == refusals[1]
 
 
 @both

@@ -11,6 +11,7 @@ from rich.console import Console
 import flax_impl
 import torch_impl
 from twinformer.parity import CannotJudgeError, judge, random_case
+from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import LADDER, RUNNABLE, forward, gradients, parameters, precision
 from twinformer.parity.twins import FlaxTwin, TorchTwin
@@ -121,7 +122,24 @@ def test_rung_1_names_the_module_that_is_wrong(case):
 
     rung = forward.check(with_fault(case, plant))
     assert rung.verdict == "differ"
-    assert rung.culprit == "decoder.blocks.0.feedforward_norm"
+    assert rung.culprits == ["decoder.blocks.0.feedforward_norm"]
+
+
+def test_rung_1_names_two_faults_that_cancel_in_their_parent(case):
+    """Up's output is doubled and down's input halved: the feed-forward layer as a whole agrees (ReLU scales)."""
+
+    def plant(model):
+        layer = module_of(model, "encoder.blocks.0.feedforward")
+        layer.up.register_forward_hook(lambda module, inputs, output: 2 * output)
+        layer.down.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 2,))
+
+    rung = forward.check(with_fault(case, plant))
+    assert rung.verdict == "differ"
+    assert rung.culprits == ["encoder.blocks.0.feedforward.up", "encoder.blocks.0.feedforward.down"]
+
+
+def test_no_module_is_blamed_where_all_agree(case):
+    assert culprits(Evidence(case), backward=True, bound=gradients.BOUND) == []
 
 
 def test_rung_1_finds_a_nan_on_one_side(case):
@@ -168,6 +186,7 @@ def test_rung_2_finds_a_backward_fault_that_no_forward_shows(case):
     assert forward.check(evidence).verdict == "agree"
     rung = gradients.check(evidence)
     assert rung.verdict == "differ"
+    assert rung.culprits == ["encoder.blocks.1.attention.value"]
     assert any(problem.startswith("encoder.blocks.1.attention.value.weight") for problem in rung.problems)
     assert not any(problem.startswith("decoder.") for problem in rung.problems)
 
@@ -240,7 +259,7 @@ def test_assert_agrees_raises_with_the_table(case):
     report.rungs["forward"] = forward.check(with_fault(case, plant))
     assert report.verdict == "differ"
     assert report.exit_code == 1
-    assert report.culprit == "encoder.final_norm"
+    assert report.culprits == ["encoder.final_norm"]
     with pytest.raises(AssertionError, match=r"encoder\.final_norm"):
         report.assert_agrees()
 

@@ -1,5 +1,6 @@
 """Positions: sinusoids, learned rows, rotations, relative buckets, ALiBi; by the papers and against published code."""
 
+import functools
 import math
 
 import jax
@@ -76,7 +77,7 @@ def test_sinusoid_by_hand(twin):
 
 
 @both
-@pytest.mark.parametrize("D", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("D", [1, 6, 7])
 @pytest.mark.parametrize("layout", ["interleaved", "halves"])
 @pytest.mark.parametrize("spacing", ["textbook", "endpoint"])
 def test_sinusoids(twin, D, layout, spacing):
@@ -305,6 +306,7 @@ def test_rotary_against_published_code(twin, convention):
     assert_close(rotary(twin, K, convention=convention)(twin.array(X), twin.array(given)), witness)
 
 
+@functools.cache
 def frequencies_of(twin, R, **choices):
     """What a layer turns by: the angle of (1, 0) at position 1. Any common factor of cosine and sine drops out."""
     X = np.zeros((1, 1, 1, R))
@@ -419,7 +421,7 @@ def test_scaled_frequencies_against_transformers(twin, name):
 
 
 @pytest.mark.parametrize("convention", ["half", "interleaved"])
-@pytest.mark.parametrize("name", ["none", "llama3 other", "yarn"])
+@pytest.mark.parametrize("name", ["none", "yarn clamped"])
 def test_rotary_twins_agree(convention, name):
     R, base, scaling = SCALINGS[name]
     given = np.array([[0, 1, 2], [700, 4095, 257]])
@@ -510,9 +512,11 @@ def buckets_of(twin, distances, num_buckets, max_distance, bidirectional):
         num_buckets, 1, max_distance=max_distance, bidirectional=bidirectional, **FLOAT64
     )
     set_parameters(layer, {"weight": np.arange(float(num_buckets))[:, None]})
-    base = max(0, -int(np.min(distances)))
-    bias = layer(twin.array(np.array([[base]])), twin.array(np.asarray(distances)[None] + base))
-    return to_numpy(bias)[0, 0, 0].astype(np.int64)
+    asked = np.zeros(601, np.int64)  # always as many, so that only one shape is compiled
+    asked[: len(distances)] = distances
+    base = max(0, -int(asked.min()))
+    bias = layer(twin.array(np.array([[base]])), twin.array(asked[None] + base))
+    return to_numpy(bias)[0, 0, 0].astype(np.int64)[: len(distances)]
 
 
 @both
@@ -553,7 +557,7 @@ def test_bucket_floor_is_exact(twin, m, root, powers, step):
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_against_t5(twin, bidirectional):
     """T5 as released, 32 buckets to 128; its float32 logarithms happen to land on the right side everywhere."""
-    distances = torch.arange(-2000, 2001)
+    distances = torch.arange(-300, 301)
     witness = T5Attention._relative_position_bucket(distances, bidirectional, 32, 128)
     assert_close(buckets_of(twin, distances.numpy(), 32, 128, bidirectional), witness)
 
@@ -668,3 +672,44 @@ def test_learned_tables_are_the_same_in_both():
         assert held[0]["weight"].std() > 0.01
         assert (parameters(make(FLAX.file("positions"), None))["weight"] == 0).all()
         assert (parameters(make(TORCH.file("positions"), None))["weight"] == 0).all()
+
+
+# ---- positions of every integer dtype, and those that do not exist
+
+
+@both
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "uint64"])
+def test_positions_of_any_integer_dtype(twin, dtype):
+    """The same numbers give the same result as in int64: nothing wraps around, differences are signed."""
+    positions, file = np.array([[0, 3, 120, 100, 127]]), twin.file("positions")
+    X = np.zeros((1, 5, 4))
+    bias = file.RelativeBias(8, 2, max_distance=16, bidirectional=True, **FLOAT64)
+    learned = file.LearnedPositions(1000, 3, offset=2, **FLOAT64)
+    scatter_parameters(bias)
+    scatter_parameters(learned)
+    for call in (
+        lambda p: encoding(twin, 4, offset=2)(twin.array(X), p),
+        lambda p: rotary(twin, 4)(twin.array(np.ones((1, 2, 5, 4))), p),
+        lambda p: bias(p, p),
+        lambda p: file.alibi_bias(2, p, p),
+        learned,
+    ):
+        assert_close(call(twin.array(positions.astype(dtype))), call(twin.array(positions)), rtol=0)
+
+
+@both
+def test_sinusoid_out_of_range(twin):
+    """P has ``max_len`` rows: a position before or after them gives NaN, never a sinusoid that nobody asked for."""
+    layer = twin.file("positions").PositionalEncoding(4, max_len=5, offset=2)
+    summed = to_numpy(layer(twin.array(np.zeros((1, 4, 4))), twin.array(np.array([[4, 5, -1, 0]]))))
+    truth = sinusoids([6, 7, 1, 2], 4)
+    truth[1:3] = np.nan
+    assert_close(summed[0], truth)
+
+
+@both
+def test_alibi_bias_in_float64(twin):
+    """Slopes such as 1/√2 are rounded once, to the wide dtype: here not at all."""
+    positions = twin.array(np.array([[0, 3]]))
+    bias = twin.file("positions").alibi_bias(12, positions, positions, compute_dtype="float64")
+    assert_close(to_numpy(bias)[0, :, 0, 1], -3 * np.array(SLOPES[12]), rtol=1e-15)

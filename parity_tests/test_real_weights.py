@@ -1,10 +1,11 @@
 """Trained models of other people: published activations and published behaviour, in both twins.
 
-gpt-nano-sort: every activation that was published. stories260K: a third implementation, in NumPy, written from the papers.
+gpt-nano-sort: every activation that was published. stories260K: a third implementation, in NumPy, from the papers.
 """
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,8 +28,10 @@ stories = needs_shared("stories260K.bin", "tok512.bin")
 # ---- gpt-nano-sort
 
 
-#: how far float32 activations may be from the published ones, which are float32 too: a few units in the last place
-BLOCKS, LOGITS = 1.2e-6, 1.9e-6
+#: the largest distances from the published activations, which are float32: in float64 they are the publisher's own
+#: rounding; in float32 the logits (up to 8.4) may be three units in the last place away
+BOUNDS = {"x": 1e-8, "block0": 1.2e-6, "block1": 1.2e-6, "block2": 1.2e-6, "ln_f": 1.3e-6, "probs": 1e-6}
+LOGITS = {"float64": 1.9e-6, "float32": 2.9e-6}
 
 
 def assert_within(found, published, bound, name):
@@ -48,21 +51,20 @@ def test_nano_sort_gives_the_published_activations(twin, dtype):
     partials = read_nano_sort_partials()
     model = build(twin, config, tensors, dtype)
     states = walk(twin, model, partials["idx"])
-    assert len(states) == 4
-    for name, state in zip(["x", "block0", "block1", "block2"], states, strict=True):
-        assert str(state.dtype) == dtype
-        assert_within(state, partials[name], BLOCKS, name)
-    assert_within(run(twin, model.stack.final_norm, states[-1]), partials["ln_f"], 3 * BLOCKS, "ln_f")
     logits = run(twin, model, partials["idx"])
-    assert_within(logits, partials["lm_head"], LOGITS, "lm_head")
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    assert_within(e / e.sum(axis=-1, keepdims=True), partials["probs"], 1e-7, "probs")
+    found = dict(zip(["x", "block0", "block1", "block2"], states, strict=True))
+    found |= {"ln_f": run(twin, model.stack.final_norm, states[-1]), "probs": e / e.sum(axis=-1, keepdims=True)}
+    for name, bound in BOUNDS.items():
+        assert str(found[name].dtype) == dtype
+        assert_within(found[name], partials[name], bound, name)
+    assert_within(logits, partials["lm_head"], LOGITS[dtype], "lm_head")
 
 
 @nano_sort
 @both
 def test_nano_sort_gives_the_published_activations_within_its_first_block(twin):
-    """Each step on the published input of that step, in float64: what is left is the rounding of the published values."""
+    """Each step on the published input of that step, in float64: what is left is the rounding of those."""
     config, tensors = read_nano_sort()
     published = read_nano_sort_partials()
     wide = {name: values.astype(np.float64) for name, values in published.items() if name != "idx"}
@@ -107,15 +109,11 @@ def test_nano_sort_gives_the_published_activations_within_its_first_block(twin):
         wide["k"],
         wide["v"],
         scale=1 / math.sqrt(K),
-        softcap=None,
-        bias=None,
         allowed=allowed,
-        dropout=None,
-        rng=None,
     )
     found["y"] = mixed.swapaxes(1, 2).reshape(B, T, A * K)
     for name, values in found.items():
-        assert_close(values, wide[name], 3e-7, name=name)
+        assert_close(values, wide[name], 6e-7, name=name)
     not_steps = {"tok_emb", "pos_emb", "att", "block1", "block2", "ln_f", "lm_head", "probs"}
     assert set(found) == set(wide) - not_steps, "every published activation is checked, here or above"
 
@@ -128,7 +126,7 @@ def test_nano_sort_gives_the_published_activations_within_its_first_block(twin):
         {"activation": "gelu"},
         {"norm_eps": 1e-6},
         {"attention_scale": 0.26},
-        {"num_kv_heads": None, "norm_placement": "post", "final_norm": True},
+        {"norm_placement": "post"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -137,7 +135,7 @@ def test_nano_sort_notices_another_convention(twin, change):
     partials = read_nano_sort_partials()
     model = build(twin, config.replace(**change), tensors, "float32")
     with pytest.raises(AssertionError, match="block0: off by"):
-        assert_within(walk(twin, model, partials["idx"])[1], partials["block0"], BLOCKS, "block0")
+        assert_within(walk(twin, model, partials["idx"])[1], partials["block0"], BOUNDS["block0"], "block0")
 
 
 @nano_sort
@@ -161,7 +159,7 @@ def test_nano_sort_sorts_every_sequence(twin):
 
 
 def llama(config, weights, tokens):
-    """Llama 2 in NumPy, float64, one sequence ``[T]`` -> logits ``[T, V]``.
+    """Llama in NumPy, float64, one sequence ``[T]`` -> logits ``[T, V]``.
 
     Touvron et al. 2023 (arXiv:2302.13971, section 2.2): RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary
     positions by complex numbers (Su et al. 2021, section 3.4.2); grouped queries (Ainslie et al. 2023).
@@ -202,64 +200,91 @@ def llama(config, weights, tokens):
     return norm(x, w["stack.final_norm.weight"]) @ table.T
 
 
-STEPS = 199
-
-
-def greedy(logits_of, beginning, steps=STEPS):
-    """Tokens ``[1 + steps]`` from BOS on, each the likeliest; and the smallest lead of a chosen one over the next best."""
-    tokens = np.zeros(1 + steps, np.int64)  # what follows is not seen: the models are causal
-    tokens[0] = beginning
-    lead = np.inf
-    for step in range(steps):
-        row = logits_of(tokens)[step]
-        second, best = np.argsort(row)[-2:]
-        lead = min(lead, row[best] - row[second])
-        tokens[step + 1] = best
-    return tokens, lead
-
-
-@pytest.fixture(scope="module")
-def story():
-    """The story that the NumPy model tells, ``[200]`` tokens, and its logits ``[200, V]``."""
-    config, weights, pieces = read_stories()
-    tokens, lead = greedy(lambda given: llama(config, weights, given), pieces.beginning)
-    return tokens, lead, llama(config, weights, tokens)
+#: how the story begins, by both twins and by the equations above
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
+    "big, red ball. She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the park.\""
+)
+#: BOS and the 199 greedy steps that follow it
+STORY_TOKENS = np.fromstring(
+    """
+    1 403 407 261 378 432 383 286 261 376 298 315 421 395 317 426 338 401 396 267 337 410 408 419 292 411 322 265
+    282 295 433 426 385 328 432 358 394 261 370 432 352 266 268 388 426 338 391 266 267 337 335 312 432 398 312 286
+    267 414 270 333 415 426 13 438 310 439 419 357 336 432 313 438 310 432 278 316 439 419 298 414 267 265 282 295
+    433 426 436 317 286 296 418 269 279 292 416 439 413 409 416 327 263 415 294 267 400 426 338 336 432 313 442 391
+    267 337 335 364 420 268 388 432 398 359 280 303 439 413 272 417 264 312 426 436 13 438 310 286 296 418 269 279
+    292 416 439 413 409 416 327 263 415 294 267 400 426 338 336 432 313 442 439 423 262 304 420 422 432 317 426 359
+    279 292 416 439 413 409 416 327 263 415 294 267 400 426 436 13 438 310 279 292 416 439 413 391 267 281 421 427
+    311 357 432 384
+    """,
+    np.int64,
+    sep=" ",
+)
 
 
 @stories
 @both
-def test_stories_logits_are_those_of_a_third_implementation(twin, story):
-    config, weights, _ = read_stories()
-    tokens, _, expected = story
-    logits = run(twin, build(twin, config, weights), tokens[None])
-    assert_close(logits[0], expected, 1e-12)
+def test_stories_greedy_decoding_tells_the_published_story(twin):
+    """The likeliest token after each beginning is the next one: by induction, that is 199 greedy steps from BOS."""
+    config, weights, pieces = read_stories()
+    assert (len(STORY_TOKENS), STORY_TOKENS[0]) == (200, pieces.beginning)
+    expected = llama(config, weights, STORY_TOKENS)
+    logits = run(twin, build(twin, config, weights), STORY_TOKENS[None])[0]
+    assert_close(logits, expected, 1e-12)
+    assert_close(expected[:-1].argmax(axis=-1), STORY_TOKENS[1:])
+    assert_close(logits[:-1].argmax(axis=-1), STORY_TOKENS[1:])
+    second, best = np.sort(expected, axis=-1).T[-2:]
+    assert (best - second).min() > 1e-3, "no step is decided by rounding"
+    text = pieces.decode(STORY_TOKENS[1:])
+    assert text.startswith("Once upon a time")
+    assert text.startswith(STORY), text
 
 
 @stories
-def test_stories_twins_agree_in_every_block(story):
-    """Also at positions far beyond the story, in a batch with padding on both sides."""
+@both
+def test_stories_greedy_decoding_step_by_step(twin):
+    """The first steps as a user takes them, one call for each, in float32."""
+    config, weights, pieces = read_stories()
+    model = build(twin, config, weights, "float32")
+    tokens = np.zeros(9, np.int64)  # what follows is not seen: the model is causal
+    tokens[0] = pieces.beginning
+    for step in range(8):
+        tokens[step + 1] = run(twin, model, tokens[None])[0, step].argmax()
+    assert_close(tokens, STORY_TOKENS[:9])
+    assert pieces.decode(tokens[1:]) == "Once upon a time, there was a"
+
+
+@stories
+def test_stories_twins_agree_in_every_block():
+    """Over the whole context, random tokens, padding on either side."""
     config, weights, _ = read_stories()
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(3, config.vocab_size, (3, config.context_length))
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, config.context_length))
     real = np.ones(tokens.shape, bool)
-    real[1, 300:] = False
-    real[2, :100] = False
+    real[1, 400:] = False
+    real[1, :100] = False
     both_states = [walk(twin, build(twin, config, weights), tokens, real) for twin in (TORCH, FLAX)]
+    assert len(both_states[0]) == config.num_layers + 1
     for layer, (torch_state, flax_state) in enumerate(zip(*both_states, strict=True)):
         assert_close(flax_state[real], torch_state[real], 1e-12, name=f"layer {layer}")
 
 
 @stories
 @both
-def test_stories_greedy_decoding_tells_the_story(twin, story):
-    config, weights, pieces = read_stories()
-    expected, lead, _ = story
-    assert lead > 1e-4, "no step is decided by rounding"
-    model = build(twin, config, weights)
-    call = twin.file("models").compiled(model) if twin is FLAX else model
-    tokens, _ = greedy(lambda given: run(twin, call, given[None])[0], pieces.beginning)
-    assert_close(tokens, expected)
-    assert pieces.decode(tokens[1:]).startswith(STORY)
-
-
-STORY = "Once upon a time"
+@pytest.mark.parametrize(
+    "change",
+    [{"rotary_convention": "half"}, {"rotary_base": 9999.0}, {"norm_eps": 1e-6}, {"gated": "swapped"}],
+    ids=str,
+)
+def test_stories_notices_another_convention(twin, change):
+    config, weights, _ = read_stories()
+    tokens = np.arange(3, 40)
+    expected = llama(config, weights, tokens)
+    if change == {"gated": "swapped"}:
+        named = {"gate": "up", "up": "gate"}
+        weights = {
+            re.sub(r"feedforward\.(gate|up)", lambda m: f"feedforward.{named[m[1]]}", p): w for p, w in weights.items()
+        }
+        change = {}
+    logits = run(twin, build(twin, config.replace(**change), weights), tokens[None])[0]
+    with pytest.raises(AssertionError, match="off by"):
+        assert_close(logits, expected, 1e-8)

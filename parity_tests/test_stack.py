@@ -21,6 +21,7 @@ from parity_tests.helpers import (
     shape_hook_off,
     to_numpy,
 )
+from parity_tests.modes import jitted, torch_compiled
 from parity_tests.test_block import LIKE_TORCH, SIZES, numpy_block, part, torch_names, witness_of
 from twinformer import ConfigError, StackConfig
 from twinformer.initializers import draw_weights
@@ -323,18 +324,9 @@ def test_each_block_has_its_own_masks(twin):
 # ---- compiled and not
 
 
-@both
-def test_eager_is_compiled(twin):
-    config = config_of(**RICH, remat=True)
-    stack = stack_of(twin, config, causal=True, cross_attention=True)
+@pytest.mark.parametrize(("twin", "call"), [(TORCH, torch_compiled), (FLAX, jitted)], ids=["torch", "flax"])
+def test_eager_is_compiled(twin, call):
+    stack = stack_of(twin, config_of(**RICH, remat=True), causal=True, cross_attention=True)
     scatter_parameters(stack, 30)
     inputs = {"X": twin.array(random_array(19, B, T, 12)), "H_enc": twin.array(random_array(20, B, S, 12))}
-    key = twin.key(4)
-    eager = to_numpy(stack(**inputs, rng=key))
-    with shape_hook_off():
-        if twin is TORCH:
-            out = torch.compile(stack, fullgraph=True)(**inputs, rng=key)
-        else:
-            graph, state = nnx.split(stack)
-            out = jax.jit(lambda s, i, k: nnx.merge(graph, s)(**i, rng=k))(state, inputs, key)
-    assert_close(out, eager)
+    assert_close(call(stack, **inputs, rng=twin.key(4)), stack(**inputs, rng=twin.key(4)))

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from torch_impl import masks
-from torch_impl.dropout import Dropout, Key, drop
+from torch_impl.dropout import Dropout, Key
 from torch_impl.linear import DTYPES, Linear, wide_dtype
 from torch_impl.masks import Mask, masked_softmax, quarantine
 from torch_impl.weights import initialize
@@ -25,7 +25,7 @@ def attend(
     softcap: float | None = None,
     bias: Float[Tensor, "..."] | None = None,
     allowed: Bool[Tensor, "..."] | None = None,
-    dropout: float = 0.0,
+    dropout: Dropout | None = None,
     rng: Key | None = None,
 ) -> Float[Tensor, "B A T J"]:
     """``Z = softmax(Q Kᵀ · scale + bias) V`` over the allowed keys; query head a uses key head ``a // (A // G)``.
@@ -43,8 +43,10 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(wide)
-    weights = drop(masked_softmax(scores, allowed), dropout, rng).to(Q.dtype)
-    return (weights.view(grouped) @ V).view(B, A, T, -1)
+    weights = masked_softmax(scores, allowed)
+    if dropout is not None:
+        weights = dropout(weights, rng)
+    return (weights.to(Q.dtype).view(grouped) @ V).view(B, A, T, -1)
 
 
 class AttentionLayer(nn.Module):
@@ -174,7 +176,7 @@ class AttentionLayer(nn.Module):
             softcap=self.softcap,
             bias=bias,
             allowed=allowed,
-            dropout=self.dropout.rate,
+            dropout=self.dropout,
             rng=rng,
         )
         Y: Tensor = self.output(Z.transpose(1, 2).flatten(2))

@@ -59,22 +59,13 @@ def fold(key: Key, number: int | Int[Tensor, ""]) -> Key:
     """The key of place ``number`` under ``key``: words 0 and 1 of ``philox((number, 0, 0, 1), key)``."""
     if isinstance(number, Tensor):
         return torch.stack(_tensors(philox((number.to(key), 0, 0, 1), key.unbind())[:2]))
-    return fold_each(key, [number])[0]
-
-
-def fold_each(key: Key, numbers: Sequence[int]) -> list[Key]:
-    """``[fold(key, number) for number in numbers]``, at once."""
-    if torch.compiler.is_compiling():  # one vector of counters: a seventh of the program
-        counter = torch.tensor(numbers, dtype=torch.int64, device=key.device)
-        return list(torch.stack(_tensors(philox((counter, 0, 0, 1), key.unbind())[:2]), -1).unbind())
-    # plain numbers on the host are a hundred times faster than tensors of one element
-    words = [philox((number, 0, 0, 1), key.tolist())[:2] for number in numbers]
-    return list(torch.tensor(words, dtype=torch.int64, device=key.device).unbind())
+    folded: Tensor = _fold_each(key, [number])[0]
+    return folded
 
 
 def places(rng: Key | None, count: int) -> Sequence[Key | None]:
     """The keys of places ``0 … count - 1`` under ``rng``; without ``rng``, None for each."""
-    return [None] * count if rng is None else fold_each(rng, range(count))
+    return [None] * count if rng is None else list(_fold_each(rng, list(range(count))).unbind())
 
 
 def random_words(key: Key, shape: Sequence[int]) -> Int64[Tensor, "..."]:
@@ -82,14 +73,38 @@ def random_words(key: Key, shape: Sequence[int]) -> Int64[Tensor, "..."]:
 
     Fewer than 2³² elements.
     """
-    return _random_words(key, shape, key.device)
+    words: Tensor = _random_words(key, list(shape), key.device)
+    return words
 
 
-def _random_words(key: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    words = key.to(device).unbind() if torch.compiler.is_compiling() else key.tolist()
+# Operators of their own: the compiler takes a call as it is. Left to itself it unrolls the rounds at every place
+# (minutes of compilation), and takes the first product for an index, computed in 32 bits (wrong words).
+@torch.library.custom_op("twinformer::fold_each", mutates_args=())
+def _fold_each(key: Tensor, numbers: list[int]) -> Tensor:
+    if key.device.type == "cpu":  # plain numbers are a hundred times faster than tensors of one element
+        words = [philox((number, 0, 0, 1), key.tolist())[:2] for number in numbers]
+        return torch.tensor(words, dtype=torch.int64)
+    counter = torch.tensor(numbers, dtype=torch.int64, device=key.device)
+    return torch.stack(_tensors(philox((counter, 0, 0, 1), key.unbind())[:2]), -1)
+
+
+@_fold_each.register_fake
+def _(key: Tensor, numbers: list[int]) -> Tensor:
+    return key.new_empty(len(numbers), 2)
+
+
+@torch.library.custom_op("twinformer::random_words", mutates_args=())
+def _random_words(key: Tensor, shape: list[int], device: torch.device) -> Tensor:
+    words = key.tolist() if key.device.type == "cpu" else key.to(device).unbind()
     count = math.prod(shape)
     counter = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
-    return torch.stack(_tensors(philox((counter, 0, 0, 0), words)), -1).view(-1)[:count].view(*shape)
+    lanes = torch.stack(_tensors(philox((counter, 0, 0, 0), words)), -1)
+    return lanes.flatten()[:count].reshape(shape)
+
+
+@_random_words.register_fake
+def _(key: Tensor, shape: list[int], device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device=device)
 
 
 def _tensors(words: tuple[int | Tensor, ...]) -> list[Tensor]:
@@ -103,7 +118,7 @@ def drop(X: Float[Tensor, "*shape"], rate: float, rng: Key | None) -> Float[Tens
     """
     if rate == 0 or rng is None:
         return X
-    dropped = _random_words(rng, X.shape, X.device) < math.floor(rate * 2**32)
+    dropped = _random_words(rng, list(X.shape), X.device) < math.floor(rate * 2**32)
     return (X * (1 / (1 - rate))).masked_fill(dropped, 0.0)
 
 

@@ -1,6 +1,7 @@
 """The three models: an encoder, a language model, and an encoder with a decoder."""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -304,15 +305,22 @@ def build(config: ModelConfig, *, seed: int | None = 0) -> EncoderModel | Langua
 def compiled(model: EncoderModel | LanguageModel | EncoderDecoder) -> Callable[..., Tensor]:
     """A callable with the model's signature: it checks its inputs, then runs one compiled program.
 
-    The program (``torch.compile``, fullgraph) is compiled at the first call and once more for other shapes. It reads
-    the model's parameters as they are at each call.
+    The program (``torch.compile``, fullgraph) is compiled at the first call, and anew for other arguments or
+    the first change of shape. It reads the model's parameters as they are at each call.
     """
-    program = torch.compile(model, fullgraph=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # PyTorch keeps and counts programs by code object, and all models of a class share that of ``forward``
+    run = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    program = torch.compile(run, fullgraph=True)
 
     @functools.wraps(model.forward)
     def call(*args: Any, **kwargs: Any) -> Tensor:
         model._check(*args, **kwargs)
-        logits: Tensor = program(*args, **kwargs)
+        with torch._dynamo.config.patch(recompile_limit=64):  # with and without masks, rng, gradients: 8 is too few
+            logits: Tensor = program(*args, **kwargs)
         return logits
 
     return call

@@ -315,12 +315,17 @@ def alibi_slopes(num_heads: int) -> Float64[Tensor, " A"]:
     from the first, until there are A (the paper's released code).
     """
 
-    def geometric(heads: int) -> npt.NDArray[np.float64]:
-        return np.asarray(2.0 ** (-8 * np.arange(1, heads + 1, dtype=np.float64) / heads), np.float64)
+    return torch.tensor(_slopes(num_heads), dtype=torch.float64)
 
+
+def _slopes(num_heads: int) -> list[float]:
     power = 1 << (num_heads.bit_length() - 1)
-    slopes = [*geometric(power), *geometric(2 * power)[::2]]
-    return torch.tensor(slopes[:num_heads], dtype=torch.float64)
+    slopes = _geometric(power) + _geometric(2 * power)[::2]
+    return slopes[:num_heads]
+
+
+def _geometric(heads: int) -> list[float]:
+    return [2.0 ** (-8 * a / heads) for a in range(1, heads + 1)]
 
 
 def alibi_bias(
@@ -333,5 +338,5 @@ def alibi_bias(
     """``-slope_a · |query - key|``, in the wide dtype of ``compute_dtype``."""
     wide = wide_dtype(DTYPES[compute_dtype])
     distance = (query_positions[:, None, :, None].long() - key_positions[:, None, None, :].long()).abs()
-    slopes = alibi_slopes(num_heads).to(wide).to(distance.device)
+    slopes = torch.tensor(_slopes(num_heads), dtype=wide, device=distance.device)
     return -slopes[:, None, None] * distance.to(wide)

@@ -42,200 +42,283 @@ LEDGER: tuple[Choice, ...] = (
         ),
         "key_dim and value_dim are per head and free of model_dim / num_heads; num_layers counts the decoder's blocks "
         "where there are two stacks; a sequence longer than context_length is an error.",
-        (),
+        (
+            "test_config.py::test_wrong_value",
+            "test_attention.py::test_self_attention_against_loops",
+        ),
     ),
     Choice(
         "norm",
         ("norm", "norm_bias"),
         "layernorm is (x - mean) / sqrt(var + eps) * w + b with the population variance in two passes; rmsnorm is "
         "x / sqrt(mean(x^2) + eps) * w; both computed in float32 or wider.",
-        (),
+        (
+            "test_norms.py::test_against_the_equations",
+            "test_norms.py::test_population_variance",
+            "test_norms.py::test_variance_in_two_passes",
+        ),
     ),
-    Choice("norm eps", ("norm_eps",), "explicit, added inside the square root.", ()),
+    Choice("norm eps", ("norm_eps",), "explicit, added inside the square root.", ("test_norms.py::test_eps",)),
     Choice(
         "norm weight",
         ("norm_weight",),
         "plain multiplies by w (Llama, BERT, T5), one_plus by 1 + w summed in float32 or wider (Gemma).",
-        (),
+        ("test_norms.py::test_one_plus_is_summed_wide",),
     ),
     Choice(
         "norm cast",
         ("norm_cast",),
         "after_weight multiplies by the weight before the cast back to compute_dtype (PyTorch's LayerNorm, Gemma), "
         "before_weight casts first (Llama, T5).",
-        (),
+        ("test_norms.py::test_place_of_the_cast",),
     ),
     Choice(
         "norm placement",
         ("norm_placement", "final_norm"),
         "pre is x + f(norm(x)), post is norm(x + f(x)); final_norm adds one after the last block.",
-        (),
+        (
+            "test_block.py::test_against_torch_nn",
+            "test_stack.py::test_without_final_norm",
+        ),
     ),
     Choice(
         "activation",
         ("activation",),
         "relu, gelu (x * Phi(x), with erf), gelu_tanh (its tanh approximation) or silu; never a framework's default.",
-        (),
+        (
+            "test_feedforward.py::test_activate",
+            "test_feedforward.py::test_activations_are_told_apart",
+        ),
     ),
     Choice(
         "gate",
         ("gated",),
         "gated feed-forward is down(f(gate(x)) * up(x)): the activation acts on the gate.",
-        (),
+        ("test_feedforward.py::test_against_the_equations",),
     ),
     Choice(
         "biases",
         ("qkv_bias", "output_bias", "feedforward_bias", "head_bias"),
         "each group of matrices has biases or not, by name.",
-        (),
+        (
+            "test_attention.py::test_against_torch_nn",
+            "test_linear.py::test_without_bias",
+        ),
     ),
     Choice(
         "attention scale",
         ("attention_scale",),
         "scores are multiplied by attention_scale, by 1/sqrt(key_dim) when it is null; 1 means none (T5).",
-        (),
+        ("test_attention.py::test_by_hand_scale",),
     ),
     Choice(
         "soft caps",
         ("attention_softcap", "head_softcap"),
         "c * tanh(x / c), for scores after the scale and before biases and masks, for logits last.",
-        (),
+        (
+            "test_attention.py::test_by_hand_softcap",
+            "test_embeddings.py::test_unembed_softcap_is_wide",
+        ),
     ),
     Choice(
         "q/k norm",
         ("qk_norm",),
         "queries and keys are normalised per head over key_dim, before the rotary turn, with norm_eps, norm_weight "
         "and norm_cast.",
-        (),
+        (
+            "test_attention.py::test_self_attention_against_loops",
+            "test_norms.py::test_make_head_norm",
+        ),
     ),
-    Choice("grouped heads", (), "query head a uses key/value head a // (A // G).", ()),
+    Choice(
+        "grouped heads",
+        (),
+        "query head a uses key/value head a // (A // G).",
+        ("test_attention.py::test_by_hand_four_heads_share_two_keys",),
+    ),
     Choice(
         "mask",
         (),
         "boolean True = may attend; float = added to the scores, and -inf in it hides; both broadcast to [B, A, T, S].",
-        (),
+        (
+            "test_attention.py::test_by_hand_additive_mask",
+            "test_masks.py::test_softmax_rows",
+        ),
     ),
-    Choice("causal", (), "query i of T sees keys j <= i + S - T: aligned at the end.", ()),
+    Choice(
+        "causal",
+        (),
+        "query i of T sees keys j <= i + S - T: aligned at the end.",
+        (
+            "test_masks.py::test_causal_by_hand",
+            "test_masks.py::test_causal_mask",
+        ),
+    ),
     Choice(
         "window",
         ("window",),
         "a query sees itself and the w - 1 keys before it, and as many after it where the stack sees both ways.",
-        (),
+        (
+            "test_masks.py::test_window_by_hand",
+            "test_attention.py::test_by_hand_causal_window",
+        ),
     ),
     Choice(
         "row with nothing to attend to",
         (),
         "its weighted sum is 0, so the layer gives its output bias, and its gradient is 0; never NaN, never the mean "
         "of the values.",
-        (),
+        (
+            "test_attention.py::test_nothing_to_attend_to",
+            "test_attention.py::test_twins_agree_on_empty_rows",
+        ),
     ),
     Choice(
         "content that is hidden",
         (),
         "a key that a query may not attend to contributes nothing to it, forward and backward, whatever it holds, NaN "
         "included; a query that may attend to a non-finite row gives NaN.",
-        (),
+        (
+            "test_attention.py::test_hidden_content_does_not_leak",
+            "test_attention.py::test_future_does_not_leak_under_causal",
+            "test_attention.py::test_visible_nan_shows",
+        ),
     ),
     Choice(
         "positions",
         ("positions",),
         "none; sinusoidal or learned, added to the embeddings; rotary, turning queries and keys; relative or alibi, "
         "added to the scores of self-attention.",
-        (),
+        (
+            "test_stack.py::test_position_bias_is_added_once_in_every_block",
+            "test_embeddings.py::test_against_the_formula",
+        ),
     ),
     Choice(
         "positions under padding",
         (),
         "counted over real tokens, left or right padded; explicit positions win.",
-        (),
+        (
+            "test_models.py::test_padding_on_either_side_is_no_padding",
+            "test_models.py::test_explicit_positions",
+        ),
     ),
     Choice(
         "position offset",
         ("position_offset",),
         "added to every sinusoidal or learned position: 1 counts from one, 2 is BART's; a learned table has that many "
         "rows more.",
-        (),
+        ("test_positions.py::test_offset",),
     ),
     Choice(
         "sinusoid",
         ("sinusoid_layout", "sinusoid_spacing"),
         "frequency 10000^(-2i/D) (textbook) or 10000^(-i/(H-1)) over H = ceil(D/2) (endpoint); sine and cosine "
         "interleaved or in halves; an odd D drops the last cosine.",
-        (),
+        (
+            "test_positions.py::test_sinusoid_by_hand",
+            "test_positions.py::test_sinusoids",
+        ),
     ),
     Choice(
         "rotary",
         ("rotary_convention", "rotary_base", "rotary_dim"),
         "the first rotary_dim entries of each head turn, in pairs (i, i + R/2) (half) or (2i, 2i + 1) (interleaved); "
         "angles in float32 or wider.",
-        (),
+        (
+            "test_positions.py::test_rotary_by_hand",
+            "test_positions.py::test_rotary_angles_are_wide",
+        ),
     ),
     Choice(
         "rotary scaling",
         ("rotary_scaling",),
         "none, linear, llama3 or yarn, with every number explicit; yarn's attention_factor multiplies cosine and sine.",
-        (),
+        ("test_positions.py::test_scaled_frequencies",),
     ),
     Choice(
         "relative bias",
         ("relative_buckets", "relative_max_distance"),
         "T5's buckets with an exact floor, one table per stack, shared by its blocks; both ways in an encoder, one way "
         "in a decoder; none in cross-attention.",
-        (),
+        (
+            "test_positions.py::test_bucket_floor_is_exact",
+            "test_positions.py::test_buckets_against_t5",
+            "test_stack.py::test_cross_attention_has_no_position_bias",
+        ),
     ),
     Choice(
         "alibi slopes",
         (),
         "2^(-8(a+1)/A) for A a power of two, else those of the power below and every other one of the power above; "
         "the bias is -slope * |distance|.",
-        (),
+        ("test_positions.py::test_alibi_slopes",),
     ),
     Choice(
         "embedding scale",
         ("embedding_scale",),
         "none unless configured; multiplies the token's row, rounded to compute_dtype; not the position.",
-        (),
+        ("test_embeddings.py::test_scale_is_rounded_to_the_compute_dtype",),
     ),
     Choice(
         "embedding sum",
         ("embedding_norm", "num_token_types"),
         "token + position + token type (type 0 where none is given), then the norm if there is one, then dropout.",
-        (),
+        ("test_embeddings.py::test_against_the_formula",),
     ),
     Choice(
         "head",
         ("head", "share_embeddings", "head_scale"),
         "tied is h E^T with the (target's) token table, by function and never by sharing a parameter; head_scale "
         "multiplies h first; logits are in compute_dtype.",
-        (),
+        (
+            "test_models.py::test_heads",
+            "test_models.py::test_shared_embeddings",
+        ),
     ),
     Choice(
         "dropout",
         ("dropout", "attention_dropout", "hidden_dropout"),
         "on sub-layer outputs and embeddings, on attention weights, on hidden units; one Philox word per element, no "
         "broadcast, from (seed, step, place); on exactly when a key is passed.",
-        (),
+        (
+            "test_dropout.py::test_known_answer_of_each_twin",
+            "test_dropout.py::test_one_word_per_element",
+            "test_models.py::test_keys_go_where_the_contract_says",
+        ),
     ),
     Choice(
         "dtypes",
         ("param_dtype", "compute_dtype"),
         "parameters are stored in one and used in the other; norm statistics, angles, scores and softmax in float32 "
         "or wider.",
-        (),
+        (
+            "test_norms.py::test_statistics_are_float32_in_16_bits",
+            "test_linear.py::test_weights_and_input_are_rounded_to_compute_dtype",
+        ),
     ),
-    Choice("rematerialisation", ("remat",), "each block is computed again in the backward pass; no value changes.", ()),
+    Choice(
+        "rematerialisation",
+        ("remat",),
+        "each block is computed again in the backward pass; no value changes.",
+        ("test_stack.py::test_remat_changes_nothing",),
+    ),
     Choice(
         "initial weights",
         ("initializer", "initializer_std", "initializer_scale_residual"),
         "drawn in NumPy by path and seed; truncated_normal is rescaled to initializer_std; scale_residual divides the "
         "matrices that add to the residual stream by sqrt(2 L).",
-        (),
+        (
+            "test_initializers.py::test_models_hold_the_drawn_bits",
+            "test_initializers.py::test_truncated_normal_has_the_asked_for_standard_deviation",
+            "test_initializers.py::test_residual_scale_of_a_model_is_gpt2s",
+        ),
     ),
     Choice(
         "token ids out of range",
         (),
         "a clear error in both; where values cannot be seen (inside a compiled function), NaN in that row.",
-        (),
+        ("test_errors.py::test_same_error_in_both",),
     ),
 )
 

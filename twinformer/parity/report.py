@@ -61,9 +61,9 @@ class Report:
         return [step.name for step in LADDER if step.name not in self.rungs]
 
     @property
-    def culprit(self) -> str:
-        """The first module in which the twins part, as far as it is known."""
-        return next((rung.culprit for rung in self.rungs.values() if rung.culprit), "")
+    def culprits(self) -> list[str]:
+        """The modules that introduce a difference, as the first rung that found any names them."""
+        return next((rung.culprits for rung in self.rungs.values() if rung.culprits), [])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
@@ -72,7 +72,7 @@ class Report:
             "subject": self.subject,
             "description": self.description,
             "verdict": self.verdict,
-            "culprit": self.culprit,
+            "culprits": self.culprits,
             "seconds": round(self.seconds, 3),
             "rungs": [
                 {"number": step.number, "name": step.name, "asks": step.asks, **_rung_dict(self.rungs.get(step.name))}
@@ -152,8 +152,8 @@ def _short(value: float) -> str:
 
 def _details(name: str, rung: Rung) -> list[RenderableType]:
     lines: list[RenderableType] = []
-    if rung.culprit:
-        lines.append(Text(f"{name}: first to differ: {rung.culprit}", style="bold red"))
+    if rung.culprits:
+        lines.append(Text(f"{name}: culprit: {', '.join(rung.culprits)}", style="bold red"))
     lines += [Text(f"{name}: {problem}", style=_STYLES[rung.verdict]) for problem in rung.problems[:_SHOWN]]
     if len(rung.problems) > _SHOWN:
         lines.append(Text(f"{name}: and {len(rung.problems) - _SHOWN} more (--json FILE has all)"))
@@ -167,7 +167,7 @@ def _rung_dict(rung: Rung | None) -> dict[str, Any]:
     return {
         "verdict": rung.verdict,
         "checked": rung.checked,
-        "culprit": rung.culprit,
+        "culprits": rung.culprits,
         "problems": rung.problems,
         "notes": rung.notes,
         "comparisons": [_comparison_dict(comparison) for comparison in rung.comparisons],

@@ -8,7 +8,8 @@ every parameter and to every module's output.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,6 +40,30 @@ class Run:
     module_gradients: dict[str, FloatArray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of one module, as one twin made it: arguments, output and the gradient that came back to it.
+
+    ``arguments`` and ``options`` are the positional and keyword arguments with NumPy in the place of tensors.
+    """
+
+    path: str
+    name: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    output: FloatArray
+    cotangent: FloatArray
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a twin's module makes of somebody's recorded call."""
+
+    output: FloatArray
+    input_gradients: dict[str, FloatArray]
+    parameter_gradients: dict[str, FloatArray]
+
+
 class Twin(Protocol):
     """One of the two implementations."""
 
@@ -58,6 +83,12 @@ class Twin(Protocol):
 
     def run(self, case: Case, *, gradients: bool = False, precision: Precision = "highest") -> Run:
         """Run the model on the case's inputs."""
+
+    def record(self, case: Case) -> list[Call]:
+        """Every call of every module, the model itself (path ``""``) last, in the order in which they finished."""
+
+    def replay(self, case: Case, calls: Sequence[Call]) -> list[Replay]:
+        """Make recorded calls with this twin's modules of their paths, and pull the cotangents back through them."""
 
     def versions(self) -> dict[str, str]:
         """The framework's versions and device."""
@@ -100,6 +131,67 @@ class TorchTwin:
                 name: widened(_from_torch(seen.grad)) for name, seen in calls.items() if seen.grad is not None
             }
         return run
+
+    def record(self, case: Case) -> list[Call]:
+        model = self._model(case)
+        inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
+        kept: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
+
+        def hook(path: str) -> Any:
+            def keep(module: Any, arguments: Any, options: Any, output: torch.Tensor) -> torch.Tensor:
+                seen = output.clone()
+                seen.retain_grad()
+                kept[_nth(kept, path)] = (path, _numpied(arguments), _numpied(options), seen)
+                return seen
+
+            return keep
+
+        handles = [
+            module.register_forward_hook(hook(path), with_kwargs=True)
+            for path, module in model.named_modules()
+            if _runs(module)
+        ]
+        try:
+            (model(**inputs).to(torch.float64) * torch.from_numpy(case.cotangent)).sum().backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [
+            Call(
+                path,
+                name,
+                arguments,
+                options,
+                widened(_from_torch(seen)),
+                widened(_from_torch(torch.zeros_like(seen) if seen.grad is None else seen.grad)),
+            )
+            for name, (path, arguments, options, seen) in kept.items()
+        ]
+
+    def replay(self, case: Case, calls: Sequence[Call]) -> list[Replay]:
+        model = self._model(case)
+        return [self._replay(model.get_submodule(call.path), call) for call in calls]
+
+    def _replay(self, module: torch.nn.Module, call: Call) -> Replay:
+        given, structure = _flattened(call)
+        made = [torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part for part in given]
+        floats = {str(place): part.requires_grad_() for place, part in enumerate(made) if _is_float_tensor(part)}
+        arguments, options = jax.tree.unflatten(structure, made)
+        output = module(*arguments, **options)
+        parameters = dict(module.named_parameters())
+        gradients = torch.autograd.grad(
+            output,
+            [*floats.values(), *parameters.values()],
+            torch.from_numpy(call.cotangent).to(output.dtype),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found = [widened(_from_torch(gradient)) for gradient in gradients]
+        return Replay(
+            widened(_from_torch(output)),
+            dict(zip(floats, found[: len(floats)], strict=True)),
+            dict(zip(parameters, found[len(floats) :], strict=True)),
+        )
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, "device": "cpu", "threads": str(torch.get_num_threads())}
@@ -162,6 +254,34 @@ class FlaxTwin:
         run.module_gradients = {name: widened(np.asarray(leaf)) for name, leaf in of_modules.items()}
         return run
 
+    def record(self, case: Case) -> list[Call]:
+        raise NotImplementedError("calls are recorded in PyTorch, where they are made one by one")
+
+    def replay(self, case: Case, calls: Sequence[Call]) -> list[Replay]:
+        with _x64(case), jax.default_matmul_precision("highest"):
+            model = self._model(case)
+            return [self._replay(_submodule(model, call.path), call) for call in calls]
+
+    def _replay(self, module: nnx.Module, call: Call) -> Replay:
+        graphdef, state = nnx.split(module)
+        given, structure = _flattened(call)
+        floats, others, constants = {}, {}, []
+        for place, part in enumerate(given):
+            if not isinstance(part, np.ndarray):
+                constants.append((place, part))
+            elif np.issubdtype(part.dtype, np.floating):
+                floats[str(place)] = jnp.asarray(part)
+            else:
+                others[str(place)] = jnp.asarray(part)
+        output, (of_state, of_inputs) = _pulled_back(
+            graphdef, structure, tuple(constants), state, floats, others, jnp.asarray(call.cotangent)
+        )
+        return Replay(
+            widened(np.asarray(output)),
+            {name: widened(np.asarray(gradient)) for name, gradient in of_inputs.items()},
+            {path: widened(leaf) for path, leaf in in_pytorch_layout(_named_leaves(of_state)).items()},
+        )
+
     def versions(self) -> dict[str, str]:
         return {"jax": jax.__version__, "flax": flax.__version__, "device": jax.default_backend()}
 
@@ -170,13 +290,49 @@ def in_pytorch_layout(leaves: Arrays) -> Arrays:
     """Flax leaves under PyTorch's names and layouts: the judge's own reading of the suffix rules."""
     found: Arrays = {}
     for path, leaf in leaves.items():
-        owner, _, name = path.rpartition(".")
+        owner, dot, name = path.rpartition(".")
         if name == "kernel":
-            found[f"{owner}.weight"] = leaf.T
+            found[f"{owner}{dot}weight"] = leaf.T
         elif name in ("scale", "embedding"):
-            found[f"{owner}.weight"] = leaf
+            found[f"{owner}{dot}weight"] = leaf
         else:
             found[path] = leaf
+    return found
+
+
+def _flattened(call: Call) -> tuple[list[Any], Any]:
+    """A call's arguments as a list, with the structure to put them together again."""
+    return jax.tree.flatten((call.arguments, call.options), is_leaf=lambda part: part is None)
+
+
+def _numpied(value: Any) -> Any:
+    """Arguments with copies in NumPy in the place of tensors."""
+    return jax.tree.map(lambda part: np.array(_from_torch(part)) if isinstance(part, torch.Tensor) else part, value)
+
+
+def _is_float_tensor(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) and part.is_floating_point()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _pulled_back(
+    graphdef: Any, structure: Any, constants: Any, state: Any, floats: Any, others: Any, cotangent: Any
+) -> Any:
+    """A module's output and the cotangent pulled back; modules of one definition and shape compile once."""
+
+    def run(state: Any, floats: Any) -> Any:
+        parts = dict(constants) | {int(place): part for place, part in (floats | others).items()}
+        arguments, options = jax.tree.unflatten(structure, [parts[place] for place in sorted(parts)])
+        return nnx.merge(graphdef, state)(*arguments, **options)
+
+    output, pull = jax.vjp(run, state, floats)
+    return output, pull(cotangent.astype(output.dtype))
+
+
+def _submodule(model: nnx.Module, path: str) -> Any:
+    found: Any = model
+    for part in path.split(".") if path else ():
+        found = found[int(part)] if part.isdigit() else getattr(found, part)
     return found
 
 

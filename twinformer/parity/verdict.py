@@ -15,15 +15,15 @@ Verdict = Literal["agree", "differ", "cannot tell", "not run"]
 class Rung:
     """The outcome of one rung.
 
-    ``problems`` are disagreements (or, with "cannot tell", the reasons why); ``culprit`` names the module
-    where a difference first appears; ``notes`` are said but decide nothing.
+    ``problems`` are disagreements (or, with "cannot tell", the reasons why); ``culprits`` names the modules
+    that introduce a difference; ``notes`` are said but decide nothing.
     """
 
     verdict: Verdict
     checked: str
     comparisons: list[Comparison | ErrorPair] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    culprit: str = ""
+    culprits: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -32,14 +32,12 @@ class Rung:
         return worst_of(self.comparisons)
 
 
-def rung_of(
-    checked: str, comparisons: Sequence[Comparison | ErrorPair], problems: Sequence[str] = (), culprit: str = ""
-) -> Rung:
+def rung_of(checked: str, comparisons: Sequence[Comparison | ErrorPair], problems: Sequence[str] = ()) -> Rung:
     """Agreement if there were comparisons, all agree, and there are no other problems."""
     failed = [comparison for comparison in comparisons if not comparison.agrees]
     if failed or problems:
         found = [*problems, *(comparison.describe() for comparison in failed)]
-        return Rung("differ", checked, list(comparisons), found, culprit)
+        return Rung("differ", checked, list(comparisons), found)
     if not comparisons:
         return Rung("cannot tell", checked, [], ["nothing was compared"])
     return Rung("agree", checked, list(comparisons))

@@ -16,7 +16,6 @@ from twinformer.parity.compare import Comparison, FloatArray, compare
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.judge import CannotJudgeError
 from twinformer.parity.report import Report
-from twinformer.parity.rungs.forward import first_to_differ
 from twinformer.parity.sentences import PUBLISHED_SIMILARITIES
 from twinformer.parity.subjects import SENTENCE_ENCODER, Subject
 from twinformer.parity.verdict import Rung, rung_of
@@ -68,7 +67,7 @@ def _ask_transformers(directory: Path, evidence: Evidence, report: Report, state
             for path, seen in ours.items()
         ]
     checked = f"{len(states)} layers in float64, {int(real.sum())} real positions"
-    report.witnesses["transformers"] = rung_of(checked, comparisons, culprit=first_to_differ(comparisons))
+    report.witnesses["transformers"] = rung_of(checked, comparisons)
 
 
 def transformers_states(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, FloatArray]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from twinformer.parity.compare import Comparison, compare, set_problems
+from twinformer.parity.compare import compare, set_problems
+from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.verdict import Rung, rung_of
 
@@ -21,9 +22,16 @@ def check(evidence: Evidence) -> Rung:
         if path in flax_run.modules
     ]
     comparisons.append(compare("output", torch_run.output, flax_run.output, bound=BOUND))
-    return rung_of(f"{len(comparisons)} outputs", comparisons, problems, first_to_differ(comparisons))
+    rung = rung_of(f"{len(comparisons)} outputs", comparisons, problems)
+    if rung.verdict == "differ":
+        blame(rung, evidence, backward=False, bound=BOUND)
+    return rung
 
 
-def first_to_differ(comparisons: list[Comparison]) -> str:
-    """The first module that finished with another output. Parts finish before the whole, so it is the deepest."""
-    return next((comparison.name for comparison in comparisons if not comparison.agrees), "")
+def blame(rung: Rung, evidence: Evidence, *, backward: bool, bound: float) -> None:
+    """Name the modules that introduce a difference; where none does alone, say so."""
+    suspects = culprits(evidence, backward=backward, bound=bound)
+    rung.culprits = [suspect.name or "the model itself" for suspect in suspects]
+    rung.notes += [f"{suspect.name or 'the model itself'}: {suspect.differences[0]}" for suspect in suspects]
+    if not suspects:
+        rung.notes.append("on the same inputs every module agrees with its twin: no culprit found")

@@ -6,6 +6,7 @@ import numpy as np
 
 from twinformer.parity.compare import compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs.forward import blame
 from twinformer.parity.verdict import Rung, rung_of
 
 # one order above the forward bound: a gradient sums over all positions of the batch
@@ -36,10 +37,9 @@ def check(evidence: Evidence) -> Rung:
         for path, gradient in torch_run.gradients.items()
         if path in flax_run.gradients
     ]
-    # backward meets the last module first
-    culprit = next((c.name for c in reversed(outputs) if not c.agrees), "")
-    culprit = culprit or next((c.name for c in parameters if not c.agrees), "")
-    rung = rung_of(f"{len(parameters)} parameters, {len(outputs)} outputs", [*parameters, *outputs], problems, culprit)
+    rung = rung_of(f"{len(parameters)} parameters, {len(outputs)} outputs", [*parameters, *outputs], problems)
+    if rung.verdict == "differ":
+        blame(rung, evidence, backward=True, bound=BOUND)
     idle = [path for path, gradient in torch_run.gradients.items() if not np.any(gradient)]
     if idle:
         rung.notes.append(f"no gradient at all on these inputs: {', '.join(idle)}")

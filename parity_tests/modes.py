@@ -1,0 +1,41 @@
+"""The ways to run a module: eager in either twin, `torch.compile`, and `jax.jit` on the split module."""
+
+import contextlib
+import warnings
+
+import jax
+import pytest
+import torch
+from flax import nnx
+
+from parity_tests.helpers import FLAX, TORCH, shape_hook_off
+
+
+def eager(module, **inputs):
+    return module(**inputs)
+
+
+def jitted(module, **inputs):
+    """Parameters and array arguments are traced; None stays None."""
+    graph, state = nnx.split(module)
+    return jax.jit(lambda state, inputs: nnx.merge(graph, state)(**inputs))(state, inputs)
+
+
+def torch_compiled(module, **inputs):
+    with shape_hook_off(), compiler_warnings():
+        return torch.compile(module, fullgraph=True)(**inputs)
+
+
+@contextlib.contextmanager
+def compiler_warnings():
+    """Within, what PyTorch's compiler warns of in its own code is no error: it uses what it deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        yield
+
+
+#: run a test in every mode, as arguments ``twin`` and ``call``
+MODES = [(TORCH, eager), (TORCH, torch_compiled), (FLAX, eager), (FLAX, jitted)]
+every_mode = pytest.mark.parametrize(
+    ("twin", "call"), MODES, ids=["torch-eager", "torch-compiled", "flax-eager", "flax-jit"]
+)
