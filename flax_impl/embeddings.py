@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Integer
 
 from flax_impl.dropout import Dropout, Key
-from flax_impl.linear import check_dtypes, check_ids, extremes, matmul, take_rows, wide_dtype
+from flax_impl.linear import bounds, check_dtypes, check_ids, matmul, take_rows, wide_dtype
 from flax_impl.norms import make_norm
 from flax_impl.positions import LearnedPositions, PositionalEncoding, Positions
 from flax_impl.weights import initialize
@@ -94,23 +94,15 @@ class Embeddings(nnx.Module):
     ) -> Float[Array, "B T D"]:
         config = self.config
         rows = self._table(table)
-        lowest, highest = extremes(tokens)
-        lowest_position, highest_position = extremes(positions)
-        lowest_type, highest_type = extremes(token_types)
         check_tokens(
             "Embeddings",
             tokens=tokens,
             vocab_size=rows.shape[0],
             context_length=config.context_length,
-            lowest=lowest,
-            highest=highest,
             positions=positions,
-            lowest_position=lowest_position,
-            highest_position=highest_position,
             token_types=token_types,
             num_token_types=config.num_token_types,
-            lowest_type=lowest_type,
-            highest_type=highest_type,
+            **bounds(tokens, positions, token_types),
         )
         if table is None and self.tokens is not None:
             X = self.tokens(tokens)

@@ -73,12 +73,19 @@ def extremes(ids: Any) -> tuple[int | None, int | None]:
     return int(values.min()), int(values.max())
 
 
+def bounds(tokens: Any, positions: Any = None, token_types: Any = None) -> dict[str, Any]:
+    """The extremes of what an embedding looks up, by the names that ``twinformer.checks.check_tokens`` has for them."""
+    found: dict[str, Any] = {}
+    for name, ids in (("", tokens), ("_position", positions), ("_type", token_types)):
+        found[f"lowest{name}"], found[f"highest{name}"] = extremes(ids)
+    return found
+
+
 def check_ids(where: str, name: str, ids: Any, size: int) -> None:
     """Raise InputError unless ``ids``, of any shape, are whole numbers from 0 to ``size - 1`` as far as can be seen."""
     count = max(1, int(np.prod(ids.shape)))
     line = Outline((1, count), ids.dtype)
-    lowest, highest = extremes(ids)
-    check_tokens(where, tokens=line, name=name, vocab_size=size, context_length=count, lowest=lowest, highest=highest)
+    check_tokens(where, tokens=line, name=name, vocab_size=size, context_length=count, **bounds(ids))
 
 
 def take_rows(

@@ -49,10 +49,10 @@ def masked_softmax(
         return jax.nn.softmax(scores, axis=-1)
     # constant for the gradient, which no shift of a row can change
     highest = jnp.max(jax.lax.stop_gradient(scores), axis=-1, keepdims=True, where=allowed, initial=-jnp.inf)
-    # the inner `where` keeps hidden scores out of exp: its gradient there would be inf · 0
-    exps = jnp.where(allowed, jnp.exp(jnp.where(allowed, scores - highest, 0)), 0)
+    exps = jnp.exp(jnp.where(allowed, scores - highest, -jnp.inf))
     total = jnp.sum(exps, axis=-1, keepdims=True)
-    return exps / jnp.where(total == 0, 1, total)
+    # hidden weights are 0 already; saying so again keeps the gradient out that the value of a hidden key sends back
+    return jnp.where(allowed, exps / jnp.where(total == 0, 1, total), 0)
 
 
 def quarantine(X: Float[Array | np.ndarray, "B S D"]) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:

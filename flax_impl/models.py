@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Integer
 from flax_impl import masks
 from flax_impl.dropout import Key, fold_all
 from flax_impl.embeddings import Embeddings, Ids, unembed
-from flax_impl.linear import Outline, check_dtypes, extremes
+from flax_impl.linear import Outline, bounds, check_dtypes
 from flax_impl.positions import Positions
 from flax_impl.stack import TransformerStack
 from flax_impl.weights import initialize
@@ -312,25 +312,17 @@ def _check_ids(
     positions: Any,
     token_types: Any = None,
 ) -> None:
-    lowest, highest = extremes(tokens)
-    lowest_position, highest_position = extremes(positions)
-    lowest_type, highest_type = extremes(token_types)
     check_tokens(
         where,
         tokens=tokens,
         vocab_size=config.source_vocab_size if name == "source" else config.vocab_size,
         context_length=config.context_length,
-        lowest=lowest,
-        highest=highest,
         name=name,
         padding_mask=padding_mask,
         positions=positions,
-        lowest_position=lowest_position,
-        highest_position=highest_position,
         token_types=token_types,
         num_token_types=config.num_token_types,
-        lowest_type=lowest_type,
-        highest_type=highest_type,
+        **bounds(tokens, positions, token_types),
     )
 
 

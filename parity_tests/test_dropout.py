@@ -4,6 +4,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -187,11 +188,15 @@ def test_rate_zero_or_no_key_leaves_X_unchanged(twin):
 
 
 def test_the_mode_of_the_module_plays_no_part():
+    """Nor does PyTorch's gradient mode: the key alone decides."""
     X = random_array(2, 30)
     layer = TORCH.file("dropout").Dropout(0.5)
     for mode in (layer.train(), layer.eval()):
-        assert_close(mode(TORCH.array(X)), X, rtol=0)
-        assert_close(mode(TORCH.array(X), rng=TORCH.key(1)), reference_dropout(X, 0.5, reference_key(1)), rtol=0)
+        for gradient_mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with gradient_mode():
+                assert_close(mode(TORCH.array(X)), X, rtol=0)
+                dropped = mode(TORCH.array(X), rng=TORCH.key(1))
+            assert_close(dropped, reference_dropout(X, 0.5, reference_key(1)), rtol=0)
 
 
 @both
@@ -201,8 +206,6 @@ def test_reproducible_and_without_memory(twin):
     layer = twin.file("dropout").Dropout(0.5)
     first = to_numpy(layer(twin.array(X), rng=twin.key(1)))
     if twin is TORCH:
-        import torch
-
         torch.manual_seed(0)
     assert_close(layer(twin.array(X), rng=twin.key(1)), first, rtol=0)
     assert_close(twin.file("dropout").Dropout(0.5)(twin.array(X), rng=twin.key(1)), first, rtol=0)

@@ -143,6 +143,10 @@ def test_weights_and_input_are_rounded_to_compute_dtype(twin):
     assert_close(layer(twin.array(np.array([-1.0], np.float32))), zero, rtol=0)
     set_parameters(layer, {"weight": np.array([[1.0]]), "bias": np.array([-1.0])})
     assert_close(layer(twin.array(np.array([more], np.float32))), zero, rtol=0)
+    # and to compute_dtype only: a bfloat16 input does not round the weight of a float32 layer
+    exact = twin.file("linear").Linear(1, 1, bias=False)
+    set_parameters(exact, {"weight": np.array([[more]])})
+    assert_close(exact(twin.array(np.array([1.0], ml_dtypes.bfloat16))), np.array([more], np.float32), rtol=0)
 
 
 @pytest.mark.usefixtures("without_shape_hook")

@@ -234,6 +234,27 @@ def test_softmax_keeps_its_dtype_and_does_not_overflow(twin, dtype):
 
 
 @both
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_an_allowed_score_can_be_the_lowest_number(twin, dtype):
+    """Hidden keys are not hidden by a low score, which this key would share its weight with."""
+    lowest = np.finfo(dtype).min
+    scores, allowed = np.array([[lowest, lowest, lowest, 0.0]], dtype), np.array([[True, False, True, False]])
+    assert_close(softmax(twin, scores, allowed), np.array([[0.5, 0.0, 0.5, 0.0]], dtype), rtol=1e-7)
+
+
+@both
+@pytest.mark.parametrize("allowed", [None, np.array([[True, True], [True, False]])], ids=["no mask", "mask"])
+def test_a_row_of_minus_infinity_sees_nothing(twin, allowed):
+    """A float mask hides with -inf; where it hides every key the row is empty as with a boolean mask: 0, gradient 0."""
+    scores = np.array([[-np.inf, -np.inf], [-np.inf, 0.0]] if allowed is None else [[0.0, 0.0], [-np.inf, 0.0]])
+    expected = np.array([[0.0, 0.0], [0.0, 1.0]] if allowed is None else [[0.5, 0.5], [0.0, 0.0]])
+    call = lambda scores: twin.file("masks").masked_softmax(scores, None if allowed is None else twin.array(allowed))  # noqa: E731
+    output, grads = gradients(twin, call, {"scores": scores}, cotangent=np.array([[1.0, 1.0], [3.0, 3.0]]))
+    assert_close(output, expected)
+    assert_close(grads["scores"], np.zeros((2, 2)))
+
+
+@both
 def test_minus_infinity_hides_a_key(twin):
     """As a float mask does: weight 0 exactly, and a gradient that is 0, not NaN."""
     scores = np.array([[0.0, -np.inf, np.log(3.0)]])
@@ -297,7 +318,7 @@ def test_quarantine(twin, bad):
 
 @both
 def test_quarantine_leaves_finite_rows_alone(twin):
-    X = np.array([[[1e308, -1e308, 1e308], [5e-324, -0.0, 0.0]]])  # their sum overflows; they are finite all the same
+    X = np.array([[[1e308, 1e308, 1e308], [5e-324, -0.0, 0.0]]])  # their sum overflows; they are finite all the same
     clean, broken = twin.file("masks").quarantine(twin.array(X))
     assert_close(broken, np.zeros((1, 2), bool))
     assert to_numpy(clean).tobytes() == X.tobytes()

@@ -2,10 +2,13 @@
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 from parity_tests.helpers import assert_close, random_array
@@ -482,3 +485,18 @@ def test_one_and_true_are_different_settings():
     assert only(False).problem("flag", False) is None
     assert only("a", "b").problem("kind", "c") == "kind: expected one of 'a', 'b', got 'c'"
     assert Field(float).problem("rate", 1) is None
+
+
+def test_no_framework_is_needed(tmp_path):
+    """In a fresh interpreter: bfloat16 is read, and neither PyTorch nor JAX is imported."""
+    scattered(dtype=torch.bfloat16, **TINY["small"]).save_pretrained(tmp_path)
+    program = (
+        "import sys\n"
+        "from twinformer import pretrained, tokenization\n"
+        "read = pretrained.read(sys.argv[1])\n"
+        "assert {str(a.dtype) for a in read.tensors.values()} == {'bfloat16'} == {read.config.param_dtype}\n"
+        "found = {name.split('.')[0] for name in sys.modules} & {'torch', 'jax', 'flax', 'transformers'}\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (makes bfloat16 known to NumPy)
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -100,7 +101,7 @@ def read_safetensors(file: Path) -> tuple[Tensors, dict[str, str]]:
     try:
         with safe_open(file, framework="np") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
             str(file), [f"expected a safetensors file, got one that does not read: {error}"]
         ) from error

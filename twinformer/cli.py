@@ -86,6 +86,8 @@ def parity(
             report = judge(found.case, rungs=wanted, witnesses=witnesses, progress=status.update)
         if found.published is not None and found.published.left_out:
             report.notes.append(f"in the file but not part of our model: {', '.join(found.published.left_out)}")
+        if found.published is not None and found.published.unknown_fields:
+            report.notes.append(f"unknown fields of config.json: {', '.join(found.published.unknown_fields)}")
         _out.print(report)
         if json_file is not None:
             text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"

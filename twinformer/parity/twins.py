@@ -28,6 +28,8 @@ from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
 
 Precision = Literal["default", "highest"]
+# every module with its output's gradient, or only embeddings, blocks and stacks without
+Detail = Literal["modules", "blocks"]
 
 
 @dataclass
@@ -81,7 +83,9 @@ class Twin(Protocol):
     def exported(self, case: Case) -> dict[str, npt.NDArray[Any]]:
         """The leaves as the twin's bridge writes them."""
 
-    def run(self, case: Case, *, gradients: bool = False, precision: Precision = "highest") -> Run:
+    def run(
+        self, case: Case, *, gradients: bool = False, precision: Precision = "highest", detail: Detail = "modules"
+    ) -> Run:
         """Run the model on the case's inputs."""
 
     def record(self, case: Case) -> list[Call]:
@@ -111,22 +115,26 @@ class TorchTwin:
     def exported(self, case: Case) -> dict[str, npt.NDArray[Any]]:
         return torch_impl.export_weights(self._model(case))
 
-    def run(self, case: Case, *, gradients: bool = False, precision: Precision = "highest") -> Run:
+    def run(
+        self, case: Case, *, gradients: bool = False, precision: Precision = "highest", detail: Detail = "modules"
+    ) -> Run:
         model = self._model(case)
         inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
         calls: dict[str, torch.Tensor] = {}
-        with _torch_precision(precision), _torch_watch(model, calls), torch.set_grad_enabled(gradients):
+        with _torch_precision(precision), _torch_watch(model, calls, detail), torch.set_grad_enabled(gradients):
             output = model(**inputs)
-            if gradients:
+            if gradients and detail == "modules":
                 for seen in calls.values():
                     if seen.requires_grad:
                         seen.retain_grad()
+            if gradients:
                 (output.to(torch.float64) * torch.from_numpy(case.cotangent)).sum().backward()
         run = Run(widened(_from_torch(output)), {name: widened(_from_torch(seen)) for name, seen in calls.items()})
         if gradients:
             for path, parameter in model.named_parameters():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 run.gradients[path] = widened(_from_torch(gradient))
+        if gradients and detail == "modules":
             run.module_gradients = {
                 name: widened(_from_torch(seen.grad)) for name, seen in calls.items() if seen.grad is not None
             }
@@ -220,12 +228,14 @@ class FlaxTwin:
             exported: dict[str, npt.NDArray[Any]] = flax_impl.export_weights(self._model(case))
             return exported
 
-    def run(self, case: Case, *, gradients: bool = False, precision: Precision = "highest") -> Run:
+    def run(
+        self, case: Case, *, gradients: bool = False, precision: Precision = "highest", detail: Detail = "modules"
+    ) -> Run:
         setting = None if precision == "default" else precision
         with _x64(case), jax.default_matmul_precision(setting):
-            return self._run(case, gradients)
+            return self._run(case, gradients, detail)
 
-    def _run(self, case: Case, gradients: bool) -> Run:
+    def _run(self, case: Case, gradients: bool, detail: Detail) -> Run:
         graphdef, state = nnx.split(self._model(case))
         inputs = {name: jnp.asarray(value) for name, value in case.inputs.items()}
         wide = jnp.float64 if case.config.compute_dtype == "float64" else jnp.float32
@@ -234,19 +244,21 @@ class FlaxTwin:
         def scalar(state: Any, probes: dict[str, Any]) -> tuple[Any, Any]:
             model = nnx.merge(graphdef, state)
             calls: dict[str, Any] = {}
-            with _flax_watch(model, calls, probes):
+            with _flax_watch(model, calls, probes, detail):
                 output = model(**inputs)
             return (output.astype(wide) * cotangent).sum(), (output, calls)
 
         if not gradients:
             output, calls = jax.jit(lambda state: scalar(state, {})[1])(state)
             return Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
-        shapes = jax.eval_shape(lambda state: scalar(state, {})[1][1], state)
-        probes = {
-            name: jnp.zeros(shape.shape, shape.dtype)
-            for name, shape in shapes.items()
-            if jnp.issubdtype(shape.dtype, jnp.floating)
-        }
+        probes = {}
+        if detail == "modules":
+            shapes = jax.eval_shape(lambda state: scalar(state, {})[1][1], state)
+            probes = {
+                name: jnp.zeros(shape.shape, shape.dtype)
+                for name, shape in shapes.items()
+                if jnp.issubdtype(shape.dtype, jnp.floating)
+            }
         differentiated = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))
         (_, (output, calls)), (of_state, of_modules) = differentiated(state, probes)
         run = Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
@@ -355,8 +367,13 @@ def _nth(calls: dict[str, Any], path: str) -> str:
     return name
 
 
+def is_block_level(path: str) -> bool:
+    """Whether a path is that of an embedding, a stack or a whole block."""
+    return "." not in path or path.split(".")[-2] == "blocks"
+
+
 @contextlib.contextmanager
-def _torch_watch(model: torch.nn.Module, calls: dict[str, torch.Tensor]) -> Iterator[None]:
+def _torch_watch(model: torch.nn.Module, calls: dict[str, torch.Tensor], detail: Detail) -> Iterator[None]:
     def hook(path: str) -> Any:
         def keep(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
             # a tensor of its own: a module may return what it was given, whose gradient is another one
@@ -366,7 +383,9 @@ def _torch_watch(model: torch.nn.Module, calls: dict[str, torch.Tensor]) -> Iter
         return keep
 
     handles = [
-        module.register_forward_hook(hook(path)) for path, module in model.named_modules() if path and _runs(module)
+        module.register_forward_hook(hook(path))
+        for path, module in model.named_modules()
+        if path and _runs(module) and (detail == "modules" or is_block_level(path))
     ]
     try:
         yield
@@ -380,7 +399,7 @@ def _runs(module: torch.nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _flax_watch(model: nnx.Module, calls: dict[str, Any], probes: dict[str, Any]) -> Iterator[None]:
+def _flax_watch(model: nnx.Module, calls: dict[str, Any], probes: dict[str, Any], detail: Detail) -> Iterator[None]:
     """Keep what each module returns; add ``probes`` (zeros) to it, whose gradients are those of the outputs."""
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model) if path}
     originals = {
@@ -394,7 +413,7 @@ def _flax_watch(model: nnx.Module, calls: dict[str, Any], probes: dict[str, Any]
         def call(self: Any, *arguments: Any, **options: Any) -> Any:
             output = original(self, *arguments, **options)
             path = paths.get(id(self))
-            if path is None:
+            if path is None or (detail == "blocks" and not is_block_level(path)):
                 return output
             name = _nth(calls, path)
             calls[name] = output = output + probes[name] if name in probes else output
