@@ -43,7 +43,7 @@ SIZES = [
     _sizes(B=3, T=4, S=6, N=6, D=5, K=3, J=5, F=4, A=2, G=1, V=7),
     _sizes(B=2, T=6, S=3, N=8, D=6, K=6, J=2, F=9, A=3, G=3, V=13),
     _sizes(B=2, T=4, S=4, N=8, D=8, K=4, J=4, F=8, A=2, G=2, V=8),  # every matrix is square
-    _sizes(B=1, T=1, S=1, N=4, D=3, K=5, J=1, F=1, A=1, G=1, V=5),
+    _sizes(B=1, T=1, S=1, N=4, D=7, K=5, J=1, F=2, A=1, G=1, V=5),
 ]
 
 

@@ -21,6 +21,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration, T5LayerNorm
 
+from parity_tests.comparisons import assert_gradients_close
 from parity_tests.helpers import (
     FLAX,
     FLOAT64,
@@ -482,14 +483,7 @@ def test_against_transformers(twin, make, side, in_float64):
     expected, expected_grads = witness.run(theirs, cotangent)
     out, grads = gradients(twin, lambda m, **kw: m(**kw), ours, model, cotangent)
     assert_close(out[real], expected[real], 1e-11)
-    assert set(grads) == set(expected_grads)
-    for name, grad in expected_grads.items():
-        if name.endswith("key.bias"):  # softmax forgets what is added to a whole row: 0 but for rounding
-            bound = 1e-12 * abs(grads[name.replace("key", "query")]).max()
-            assert abs(grads[name]).max() <= bound
-            assert abs(grad).max() <= bound
-        else:
-            assert_close(grads[name], grad, 1e-11, name=name)
+    assert_gradients_close(grads, expected_grads)
     after_all_tokens = witness.config.architecture == "decoder" and side == "right"  # hidden by causality as well
     if side != "none" and not after_all_tokens:
         unpadded = model(**as_arrays(twin, {k: v for k, v in ours.items() if not k.endswith("mask")}))
@@ -675,8 +669,7 @@ def test_twins_agree_with_dropout(architecture):
     for twin in (TORCH, FLAX):
         model = own_model(twin, config)
         results[twin.name] = gradients(twin, lambda m, t=twin, **kw: m(**kw, rng=t.key(13)), inputs, model)
-    assert_close(results["flax"][0], results["torch"][0])
-    assert_close(results["flax"][1], results["torch"][1], 1e-11)
+    assert_outcomes_close(results["flax"], results["torch"])
 
 
 @both
@@ -718,46 +711,18 @@ def outcome(twin, case, *, config=None, change=lambda values: values, instead=No
     return gradients(twin, lambda m, **kw: m(**kw, rng=key), inputs, model)
 
 
-def scale_of(path, grads):
-    """What rounding in the gradient of one leaf is measured by: its largest element, as a rule.
-
-    The gradient of queries and keys (their norms too) and of the position bias passes through the softmax, whose
-    pull-back subtracts a mean. Where that cancels to nothing (the key bias always; all of them where a query sees a
-    single key, or all keys share a bucket) what is left is rounding of terms as large as the values' gradient, so for
-    them it is the largest of the same attention layer, or of all the stack's.
-    """
-    layer, _, leaf = path.rpartition("attention.")
-    if layer and leaf.startswith(("query", "key")):
-        return max(abs(g).max() for p, g in grads.items() if p.startswith(f"{layer}attention."))
-    if ".relative_bias." in path:
-        stack = path.partition(".")[0]
-        return max(abs(g).max() for p, g in grads.items() if p.startswith(f"{stack}.blocks.") and ".attention." in p)
-    return abs(grads[path]).max()
-
-
 def assert_outcomes_close(actual, expected):
-    """Outputs within 1e-12 and every gradient within 1e-11; same leaves, all finite."""
+    """Outputs within 1e-12 and every gradient within 1e-11; all finite."""
     (out, grads), (expected_out, expected_grads) = actual, expected
     assert np.isfinite(expected_out).all()
     assert_close(out, expected_out, name="output")
-    assert set(grads) == set(expected_grads)
-    wrong = {}
-    for path, grad in expected_grads.items():
-        assert grads[path].shape == grad.shape, path
-        assert np.isfinite(grad).all(), path
-        worst, scale = abs(grads[path] - grad).max(), scale_of(path, expected_grads)
-        if not worst <= 1e-11 * scale:  # NaN is not
-            wrong[path] = f"off by {worst:.3e} on a scale of {scale:.3e}"
-    assert not wrong, f"gradients: {wrong}"
+    assert_gradients_close(grads, expected_grads)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{i:03}" for i in range(len(CASES))])
+@pytest.mark.parametrize(
+    "case", [*CASES, *REGRESSIONS.values()], ids=[*(f"{i:03}" for i in range(len(CASES))), *REGRESSIONS]
+)
 def test_twins_agree_on(case):
-    assert_outcomes_close(outcome(FLAX, case), outcome(TORCH, case))
-
-
-@pytest.mark.parametrize("case", REGRESSIONS.values(), ids=REGRESSIONS)
-def test_twins_still_agree_on(case):
     assert_outcomes_close(outcome(FLAX, case), outcome(TORCH, case))
 
 
@@ -793,6 +758,7 @@ def test_the_cases_cover_the_space():
 
 
 GROUPED, SQUARE = SIZES[0], SIZES[3]
+SEED = 6  # rows of 1 and 4, and of 2 and 4 real tokens: where a query sees one key its weights play no part
 
 
 def fault_case(sizes, **choices):
@@ -800,7 +766,7 @@ def fault_case(sizes, **choices):
     plain = {"architecture": "decoder", "num_layers": 2, "qkv_bias": True, "output_bias": True, "activation": "gelu"}
     return Case(
         config=ModelConfig(**(sizes.config | FLOAT64 | plain | choices)),
-        seed=3,
+        seed=SEED,
         sizes=sizes,
         padding="left",
         explicit_positions=False,
@@ -850,13 +816,13 @@ def half_a_gradient(monkeypatch):
 
 
 def sees_the_next_token(monkeypatch):
-    attention = TORCH.file("attention")
-    right = attention.causal_mask
+    masks = TORCH.file("masks")
+    right = masks.causal_mask
 
     def early(T, S, **kw):
         return right(T, S + 1, **kw)[:, :-1]  # aligned to a row of keys that is one longer: key i + 1 is seen
 
-    monkeypatch.setattr(attention, "causal_mask", early)
+    monkeypatch.setattr(masks, "causal_mask", early)
 
 
 def arange(case):

@@ -318,7 +318,7 @@ LEDGER: tuple[Choice, ...] = (
         "token ids out of range",
         (),
         "a clear error in both; where values cannot be seen (inside a compiled function), NaN in that row.",
-        ("test_errors.py::test_same_error_in_both",),
+        ("test_errors.py::test_a_wrong_call", "test_errors.py::test_ids_out_of_range_give_nan_rows_when_traced"),
     ),
 )
 
