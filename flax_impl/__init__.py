@@ -19,7 +19,6 @@ from flax_impl.feedforward import FeedForward, activate
 from flax_impl.linear import Linear
 from flax_impl.masks import (
     causal_mask,
-    exposed,
     masked_softmax,
     padding_mask,
     positions_from,
@@ -65,7 +64,6 @@ __all__ = [
     "causal_mask",
     "compiled",
     "export_weights",
-    "exposed",
     "fold",
     "initialize",
     "load",

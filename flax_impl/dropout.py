@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Integer, UInt32
 
 from twinformer.checks import INTEGERS, dtype_name
-from twinformer.errors import InputError, Problems
+from twinformer.errors import ConfigError, InputError, Problems
 
 Key = Integer[Array | np.ndarray, "2"]
 Words = tuple[UInt32[Array, "*n"], UInt32[Array, "*n"], UInt32[Array, "*n"], UInt32[Array, "*n"]]
@@ -77,13 +77,13 @@ class Dropout(nnx.Module):
     """Each element is kept with probability ``1 - rate`` and then multiplied by ``1 / (1 - rate)``; others become 0.
 
     An element is kept iff its word is at least ``floor(rate · 2³²)``. A NaN that is dropped is 0. With rate 0,
-    or without a key, X is given back as it is. Raises InputError for a rate outside [0, 1).
+    or without a key, X is given back as it is. Raises ConfigError for a rate outside [0, 1).
 
     Source: Srivastava et al. 2014, in the form that leaves inference alone.
     """
 
     def __init__(self, rate: float) -> None:
-        problems = Problems("Dropout", InputError)
+        problems = Problems("Dropout", ConfigError)
         problems.expect(0 <= rate < 1, f"rate: expected a rate in [0, 1), got {rate}")
         problems.raise_if_any()
         self.rate = float(rate)

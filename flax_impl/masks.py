@@ -42,11 +42,10 @@ def masked_softmax(
 ) -> Float[Array, "*n T S"]:
     """``exp(s_j) / Σ exp(s_k)`` over the allowed keys of each row, 0 elsewhere.
 
-    A row with nothing allowed is all zeros, with zero gradient.
+    A row with nothing allowed, or with scores of ``-inf`` only, is all zeros, with zero gradient.
     """
     scores = jnp.asarray(scores)
-    if allowed is None:
-        return jax.nn.softmax(scores, axis=-1)
+    allowed = scores != -jnp.inf if allowed is None else (scores != -jnp.inf) & allowed
     # constant for the gradient, which no shift of a row can change
     highest = jnp.max(jax.lax.stop_gradient(scores), axis=-1, keepdims=True, where=allowed, initial=-jnp.inf)
     exps = jnp.exp(jnp.where(allowed, scores - highest, -jnp.inf))

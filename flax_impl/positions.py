@@ -63,14 +63,14 @@ class PositionalEncoding(nnx.Module):
         positions = jnp.arange(X.shape[1])[None] if positions is None else jnp.asarray(positions)
         return self.dropout(X + self._rows(positions, wide_dtype(X.dtype)).astype(X.dtype), rng)
 
-    def frequencies(self) -> Float64[np.ndarray, " H"]:
+    def _frequencies(self) -> Float64[np.ndarray, " H"]:
         """One frequency for each pair of columns."""
         D, H = self.model_dim, -(-self.model_dim // 2)
         i = np.arange(H)
         return 10000.0 ** (-2 * i / D if self.spacing == "textbook" else -i / max(H - 1, 1))
 
     def _rows(self, positions: Positions, wide: np.dtype[Any]) -> Float[Array, "#B T D"]:
-        angles = (positions.astype(wide) + self.offset)[..., None] * jnp.asarray(self.frequencies(), wide)
+        angles = (positions.astype(wide) + self.offset)[..., None] * jnp.asarray(self._frequencies(), wide)
         sin, cos = jnp.sin(angles), jnp.cos(angles)
         if self.layout == "interleaved":
             P = jnp.stack([sin, cos], axis=-1).reshape(*positions.shape, -1)
@@ -143,7 +143,7 @@ class RotaryEncoding(nnx.Module):
     def __call__(self, X: Float[Array | np.ndarray, "B A T K"], positions: Positions) -> Float[Array, "B A T K"]:
         X = jnp.asarray(X)
         R, wide = self.rotary_dim, wide_dtype(X.dtype)
-        angles = jnp.asarray(positions).astype(wide)[:, None, :, None] * jnp.asarray(self.frequencies(), wide)
+        angles = jnp.asarray(positions).astype(wide)[:, None, :, None] * jnp.asarray(self._frequencies(), wide)
         stretch = self.scaling.attention_factor if self.scaling.kind == "yarn" else 1.0
         cos, sin = jnp.cos(angles) * stretch, jnp.sin(angles) * stretch
         turning = X[..., :R].astype(wide)
@@ -155,7 +155,7 @@ class RotaryEncoding(nnx.Module):
             turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
         return jnp.concatenate([turned.astype(X.dtype), X[..., R:]], axis=-1)
 
-    def frequencies(self) -> Float64[np.ndarray, " R_half"]:
+    def _frequencies(self) -> Float64[np.ndarray, " R_half"]:
         """One frequency for each pair, scaled as ``RotaryScaling`` says and cites."""
         R, scaling = self.rotary_dim, self.scaling
         i = np.arange(R // 2)
@@ -231,9 +231,9 @@ class RelativeBias(nnx.Module):
     ) -> Float[Array, "#B A T S"]:
         table = jnp.asarray(self.embedding[...], wide_dtype(self.compute_dtype))
         n = _distance(query_positions, key_positions)
-        return jnp.moveaxis(table.at[self.buckets(n)].get(mode="promise_in_bounds"), -1, 1)
+        return jnp.moveaxis(table.at[self._buckets(n)].get(mode="promise_in_bounds"), -1, 1)
 
-    def buckets(self, n: Int[Array | np.ndarray, "*n"]) -> Int[Array, "*n"]:
+    def _buckets(self, n: Int[Array | np.ndarray, "*n"]) -> Int[Array, "*n"]:
         """The bucket of each ``n = key - query``."""
         n = jnp.asarray(n)
         buckets, first = self.num_buckets, jnp.zeros_like(n)

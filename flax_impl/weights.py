@@ -23,9 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from twinformer.checks import FLOATS, dtype_name
+from twinformer.checks import check_tensors
 from twinformer.config import DType, ModelConfig, NormWeight
-from twinformer.errors import Problems, WeightsError
 from twinformer.initializers import draw_weights, initial_weights
 from twinformer.parameters import Kind, Parameter
 
@@ -49,28 +48,28 @@ class _Leaf(NamedTuple):
         return shape[::-1] if self.kind == "linear" else shape
 
 
-def load_weights(module: nnx.Module, tensors: Mapping[str, Any], *, finite: bool = False) -> None:
+def load_weights(model: nnx.Module, tensors: Mapping[str, Any], *, finite: bool = False) -> None:
     """Set every parameter from ``tensors``: path → array (NumPy or JAX) in PyTorch's orientation.
 
     Casts to ``param_dtype``. Raises one WeightsError that names every missing, unexpected, mis-shaped and non-float
     leaf (with ``finite``, every non-finite one too); nothing is changed unless all are right.
     """
-    leaves = dict(_leaves(module))
-    problems = Problems(type(module).__name__, WeightsError)
+    leaves = dict(_leaves(model))
+    check_tensors(
+        type(model).__name__,
+        tensors,
+        {path: leaf.shape for path, leaf in leaves.items()},
+        non_finite=(lambda tensor: int((~np.isfinite(np.asarray(tensor))).sum())) if finite else None,
+    )
     for path, leaf in leaves.items():
-        if problems.expect(path in tensors, f"{path}: missing, expected shape {leaf.shape}"):
-            _check(path, leaf, tensors[path], finite, problems)
-    for path in tensors:
-        problems.expect(path in leaves, f"{path}: unexpected")
-    problems.raise_if_any()
-    for path, leaf in leaves.items():
-        array = jnp.asarray(tensors[path], leaf.param.dtype)
+        # a copy: the caller's memory must not become the model's
+        array = jnp.array(np.array(tensors[path]), leaf.param.dtype)
         leaf.param.set_value(array.T if leaf.kind == "linear" else array)
 
 
-def export_weights(module: nnx.Module) -> dict[str, npt.NDArray[Any]]:
+def export_weights(model: nnx.Module) -> dict[str, npt.NDArray[Any]]:
     """Every parameter by path, a copy in PyTorch's orientation and in ``param_dtype`` (bfloat16 as ml_dtypes')."""
-    arrays = {path: (leaf.kind, np.asarray(leaf.param[...])) for path, leaf in _leaves(module)}
+    arrays = {path: (leaf.kind, np.asarray(leaf.param[...])) for path, leaf in _leaves(model)}
     return {path: np.array(array.T if kind == "linear" else array, order="C") for path, (kind, array) in arrays.items()}
 
 
@@ -114,18 +113,6 @@ def _leaves(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, _Leaf]]
             yield f"{prefix}{'bias' if kind == 'bias' else 'weight'}", _Leaf(module, kind, part)
         elif isinstance(part, nnx.Module):
             yield from _leaves(part, f"{prefix}{name}.")
-
-
-def _check(path: str, leaf: _Leaf, tensor: Any, finite: bool, problems: Problems) -> None:
-    shape = tuple(tensor.shape)
-    problems.expect(shape == leaf.shape, f"{path}: expected shape {leaf.shape}, got {shape}")
-    if (
-        problems.expect(dtype_name(tensor) in FLOATS, f"{path}: expected a float dtype, got {dtype_name(tensor)}")
-        and finite
-    ):
-        values = np.asarray(tensor)
-        count = int(values.size - np.isfinite(values).sum())
-        problems.expect(count == 0, f"{path}: expected finite values, got {count} non-finite of {values.size}")
 
 
 def _drawn(module: nnx.Module, seed: int) -> dict[str, npt.NDArray[np.float32]]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from parity_tests.helpers import assert_close
+
 LEAVES = ("weight", "bias")
 
 
@@ -42,3 +44,13 @@ def assert_gradients_close(
         if not worst <= rtol * scale:  # written so that NaN is refused
             wrong[path] = f"off by {worst:.3e} on a scale of {scale:.3e}"
     assert not wrong, f"gradients: {wrong}"
+
+
+def assert_outcomes_close(
+    actual: tuple[np.ndarray, Mapping[str, np.ndarray]], expected: tuple[np.ndarray, Mapping[str, np.ndarray]]
+) -> None:
+    """Outputs within 1e-12 and every gradient within 1e-11; all finite."""
+    (out, grads), (expected_out, expected_grads) = actual, expected
+    assert np.isfinite(expected_out).all()
+    assert_close(out, expected_out, name="output")
+    assert_gradients_close(grads, expected_grads)

@@ -129,7 +129,8 @@ def test_a_missing_framework_is_said_plainly(tmp_path):
 
 def test_a_defect_is_never_taken_for_a_verdict():
     script = (
-        "import sys, twinformer.parity.judge as j\n"
+        "import importlib, sys\n"
+        "j = importlib.import_module('twinformer.parity.judge')\n"
         "j.judge = lambda *a, **k: 1 / 0\n"
         "from twinformer.cli import main\n"
         "sys.argv = ['twinformer', 'parity', 'gpt2']\n"

@@ -1,5 +1,7 @@
 """The feed-forward layer: the same small network at every position."""
 
+from typing import get_args
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
@@ -65,7 +67,9 @@ class FeedForward(nn.Module):
         self.gate = linear(model_dim, hidden_dim) if gated else None
         self.down = linear(hidden_dim, model_dim)
         self.dropout = Dropout(dropout)
-        activate(torch.zeros(1), activation)  # an unknown name is an error here, not at the first call
+        if activation not in get_args(Activation):
+            options = ", ".join(repr(name) for name in get_args(Activation))
+            raise ConfigError("FeedForward", [f"activation: expected one of {options}, got {activation!r}"])
         initialize(self, seed)
 
     def forward(self, X: Float[Tensor, "*rows D"], *, rng: Key | None = None) -> Float[Tensor, "*rows D"]:

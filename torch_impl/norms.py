@@ -43,13 +43,13 @@ class _Norm(nn.Module):
         self.bias = new_parameter(width, dtype=param_dtype) if bias else None
         initialize(self, seed)
 
-    def normalised(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    def _normalised(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         raise NotImplementedError
 
     def forward(self, X: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         if not torch.compiler.is_compiling():
             check_width(type(self).__name__, X=X, width=self.width)
-        Y = self.normalised(X.to(self.compute_dtype).to(self.wide))
+        Y = self._normalised(X.to(self.compute_dtype).to(self.wide))
         factor = self.weight.to(self.wide)
         if self.norm_weight == "one_plus":
             factor = 1 + factor
@@ -84,7 +84,7 @@ class LayerNorm(_Norm):
     ) -> None:
         super().__init__(width, eps, bias, weight, cast, param_dtype, compute_dtype, seed)
 
-    def normalised(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    def _normalised(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         """``(x - mean) / sqrt(var + eps)``."""
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.square().mean(-1, keepdim=True)
@@ -110,7 +110,7 @@ class RMSNorm(_Norm):
     ) -> None:
         super().__init__(width, eps, False, weight, cast, param_dtype, compute_dtype, seed)
 
-    def normalised(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    def _normalised(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         """``x / sqrt(mean(x²) + eps)``."""
         return x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps)
 

@@ -38,7 +38,7 @@ class _Frequencies(nn.Module):
         self.rounded = torch.tensor(self.exact, dtype=torch.float32, device=self.rounded.device)
         return self
 
-    def angles(self, positions: Tensor, wide: torch.dtype) -> Tensor:
+    def _angles(self, positions: Tensor, wide: torch.dtype) -> Tensor:
         """``[…] -> […, number of frequencies]``"""
         if wide == torch.float64:
             frequencies = torch.tensor(self.exact, dtype=wide, device=self.rounded.device)
@@ -88,10 +88,11 @@ class PositionalEncoding(_Frequencies):
             )
         wide = wide_dtype(X.dtype)
         if positions is None:
-            angle = self.angles(torch.arange(X.shape[1], device=X.device)[None] + self.offset, wide)
+            angle = self._angles(torch.arange(X.shape[1], device=X.device)[None] + self.offset, wide)
         else:
+            positions = positions.long()  # small whole numbers would wrap in the comparison
             absent = (positions < 0) | (positions >= self.max_len)
-            angle = self.angles(positions + self.offset, wide).masked_fill(absent[..., None], torch.nan)
+            angle = self._angles(positions + self.offset, wide).masked_fill(absent[..., None], torch.nan)
         sine, cosine = angle.sin(), angle.cos()
         if self.layout == "interleaved":
             P = torch.stack((sine, cosine), -1).flatten(-2)
@@ -160,8 +161,9 @@ def extremes(ids: Tensor | None) -> tuple[int, int] | tuple[None, None]:
 def look_up(table: Float[Tensor, "V D"], ids: Integer[Tensor, "*rows"], dtype: torch.dtype) -> Float[Tensor, "*rows D"]:
     """Rows of a table, cast to ``dtype``; an id out of range gives NaN, never another row's value."""
     size = table.shape[0]
+    ids = ids.long()  # small whole numbers would wrap in the comparison
     absent = (ids < 0) | (ids >= size)
-    rows = F.embedding(ids.long().clamp(0, size - 1), table).to(dtype)
+    rows = F.embedding(ids.clamp(0, size - 1), table).to(dtype)
     return rows.masked_fill(absent[..., None], torch.nan)
 
 
@@ -194,7 +196,7 @@ class RotaryEncoding(_Frequencies):
     def forward(self, X: Float[Tensor, "B A T K"], positions: Integer[Tensor, "#B T"]) -> Float[Tensor, "B A T K"]:
         R = self.rotary_dim
         wide = wide_dtype(X.dtype)
-        angle = self.angles(positions, wide)[:, None]  # the same for all heads
+        angle = self._angles(positions, wide)[:, None]  # the same for all heads
         cosine, sine = angle.cos() * self.factor, angle.sin() * self.factor
         turning, rest = X[..., :R].to(wide), X[..., R:]
         if self.convention == "half":
@@ -275,7 +277,7 @@ class RelativeBias(nn.Module):
         self.weight = new_parameter(num_buckets, num_heads, dtype=param_dtype)
         initialize(self, seed)
 
-    def bucket(
+    def _bucket(
         self, query_positions: Integer[Tensor, "#B T"], key_positions: Integer[Tensor, "#B S"]
     ) -> Int64[Tensor, "#B T S"]:
         """The bucket of each pair of positions."""
@@ -288,7 +290,7 @@ class RelativeBias(nn.Module):
     def forward(
         self, query_positions: Integer[Tensor, "#B T"], key_positions: Integer[Tensor, "#B S"]
     ) -> Float[Tensor, "#B A T S"]:
-        return F.embedding(self.bucket(query_positions, key_positions), self.weight.to(self.wide)).permute(0, 3, 1, 2)
+        return F.embedding(self._bucket(query_positions, key_positions), self.weight.to(self.wide)).permute(0, 3, 1, 2)
 
 
 def bucket_starts(buckets: int, max_distance: int) -> list[int]:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from twinformer.checks import FLOATS, dtype_name
+from twinformer.checks import check_tensors
 from twinformer.config import DType, ModelConfig, NormWeight
-from twinformer.errors import Problems, WeightsError
 from twinformer.initializers import draw_weights, initial_weights
 from twinformer.parameters import Kind, Parameter
 
@@ -28,24 +27,13 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Any], *, finite: bool =
     Raises one WeightsError that names every missing, unexpected, mis-shaped and non-float leaf, and with ``finite``
     every one that holds NaN or infinity; nothing is changed then.
     """
-    problems = Problems(type(model).__name__, WeightsError)
     parameters = dict(model.named_parameters())
-    for path, parameter in parameters.items():
-        if path not in tensors:
-            problems.add(f"{path}: missing")
-            continue
-        array = tensors[path]
-        have, want = tuple(array.shape), tuple(parameter.shape)
-        problems.expect(have == want, f"{path}: expected shape {want}, got {have}")
-        if (
-            problems.expect(dtype_name(array) in FLOATS, f"{path}: expected a float dtype, got {dtype_name(array)}")
-            and finite
-        ):
-            count = int((~_tensor(array).isfinite()).sum())
-            problems.expect(count == 0, f"{path}: expected finite values, got {count} that are not")
-    for path in tensors:
-        problems.expect(path in parameters, f"{path}: unexpected")
-    problems.raise_if_any()
+    check_tensors(
+        type(model).__name__,
+        tensors,
+        {path: tuple(parameter.shape) for path, parameter in parameters.items()},
+        non_finite=(lambda tensor: int((~_tensor(tensor).isfinite()).sum())) if finite else None,
+    )
     with torch.no_grad():
         for path, parameter in parameters.items():
             parameter.copy_(_tensor(tensors[path]))

@@ -6,9 +6,10 @@ framework is needed to check them. Every function raises one InputError that nam
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from twinformer.errors import InputError, Problems
+from twinformer.errors import InputError, Problems, WeightsError
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
@@ -146,6 +147,33 @@ def check_sizes(where: str, **sizes: int) -> None:
             isinstance(size, int) and not isinstance(size, bool) and size >= 1,
             f"{name}: expected a whole number of at least 1, got {size!r}",
         )
+    problems.raise_if_any()
+
+
+def check_tensors(
+    where: str,
+    tensors: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    non_finite: Callable[[Any], int] | None = None,
+) -> None:
+    """Weights for a model whose parameters have these ``shapes``, by path.
+
+    ``non_finite`` counts the values of one tensor that are NaN or infinite; without it they are not looked for. Raises
+    one WeightsError that names every missing, unexpected, mis-shaped, non-float and (if asked) non-finite leaf.
+    """
+    problems = Problems(where, WeightsError)
+    for path, want in shapes.items():
+        if not problems.expect(path in tensors, f"{path}: missing, expected shape {want}"):
+            continue
+        tensor = tensors[path]
+        problems.expect(_shape(tensor) == want, f"{path}: expected shape {want}, got {_shape(tensor)}")
+        is_float = dtype_name(tensor) in FLOATS
+        problems.expect(is_float, f"{path}: expected a float dtype, got {dtype_name(tensor)}")
+        count = non_finite(tensor) if is_float and non_finite is not None else 0
+        problems.expect(count == 0, f"{path}: expected finite values, got {count} that are not")
+    for path in tensors:
+        problems.expect(path in shapes, f"{path}: unexpected")
     problems.raise_if_any()
 
 

@@ -269,6 +269,7 @@ class StackConfig:
             parts = {f.name for f in fields(RotaryScaling)}
             for part in sorted(parts ^ set(scaling)):
                 problems.add(f"rotary_scaling.{part}: {'missing' if part in parts else 'unknown field'}")
+                wrong.add(f"rotary_scaling.{part}")
             given["rotary_scaling"] = RotaryScaling(**{k: v for k, v in scaling.items() if k in parts})
         if problems.found:  # the values that are there can be wrong too: say so in the same breath
             wrong |= _check_types(cls, given, problems)
@@ -338,8 +339,8 @@ class ModelConfig(StackConfig):
             problems.expect(two, f"share_embeddings: expected False with architecture={self.architecture!r}, got True")
             problems.expect(
                 not two or self.source_vocab_size == self.vocab_size,
-                f"share_embeddings: expected source_vocab_size equal to vocab_size={self.vocab_size}, "
-                f"got {self.source_vocab_size}",
+                f"share_embeddings: expected False with source_vocab_size={self.source_vocab_size} and another "
+                f"vocab_size={self.vocab_size}, got True",
             )
         problems.expect(
             self.num_token_types == 0 or self.architecture == "encoder",
@@ -403,11 +404,15 @@ def _check_type(name: str, value: Any, hint: Any, problems: Problems) -> bool:
     return problems.expect(any(_fits(value, option) for option in allowed), f"{name}: expected {wanted}, got {value!r}")
 
 
+_TOO_LARGE = 2**1023  # whole numbers from here on are no floats
+
+
 def _fits(value: Any, option: Any) -> bool:
     if typing.get_origin(option) is Literal:
         return isinstance(value, str) and value in typing.get_args(option)
     if option is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and (isinstance(value, float) or abs(value) < _TOO_LARGE)
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, option)

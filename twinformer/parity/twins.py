@@ -106,7 +106,7 @@ class TorchTwin:
 
     def _model(self, case: Case) -> torch.nn.Module:
         model: torch.nn.Module = torch_impl.build(case.config.replace(remat=False), seed=None)
-        torch_impl.load_weights(model, case.tensors)
+        torch_impl.load_weights(model, case.tensors, finite=True)
         return model
 
     def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
@@ -216,7 +216,7 @@ class FlaxTwin:
 
     def _model(self, case: Case) -> nnx.Module:
         model = flax_impl.build(case.config.replace(remat=False), seed=None)
-        flax_impl.load_weights(model, case.tensors)
+        flax_impl.load_weights(model, case.tensors, finite=True)
         return model
 
     def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
