@@ -22,6 +22,9 @@ def jitted(module, **inputs):
 
 
 def torch_compiled(module, **inputs):
+    # programs are counted by the code of `forward`, whichever module it belongs to: without a reset the compiler gives
+    # up on the ninth module of the session
+    torch.compiler.reset()
     with shape_hook_off(), compiler_warnings():
         return torch.compile(module, fullgraph=True)(**inputs)
 
