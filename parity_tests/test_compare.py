@@ -94,7 +94,9 @@ def test_shapes_are_never_broadcast():
 
 
 def test_empty_arrays_are_not_agreement():
-    assert not compare("x", np.ones((0, 5)), np.ones((0, 5)), bound=1e9).agrees
+    found = compare("x", np.ones((0, 5)), np.ones((0, 5)), bound=1e9)
+    assert not found.agrees
+    assert "empty" in found.problem
 
 
 def test_all_zero_expected_asks_for_zero():

@@ -121,7 +121,7 @@ def test_building_by_sizes_is_building_from_config(twin):
     choices = {"norm": "rmsnorm", "norm_bias": False, "gated": True, "num_kv_heads": 1, "positions": "relative"}
     stack = twin.file("stack").TransformerStack(9, 12, 4, 7, 3, 2, causal=True, seed=5, **choices)
     config = StackConfig(**SIZES | {"context_length": 9}, **choices)
-    expected = draw_weights(stack_parameters(config, 2, causal=True, cross_attention=False), 5)
+    expected = draw_weights(stack_parameters(config, 2, cross_attention=False), 5)
     assert_close(parameters(stack), expected, 0.0)
     same = stack_of(twin, config, causal=True)
     assert all((v == 0).all() for v in parameters(same).values()), "from_config leaves the weights to the owner"

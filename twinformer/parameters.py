@@ -32,16 +32,13 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
     found: dict[str, Parameter] = {}
     if config.architecture == "encoder-decoder":
         found |= _embeddings("source_embedding", config, config.source_vocab_size)
-        found |= stack_parameters(
-            config, config.num_encoder_layers, causal=False, cross_attention=False, prefix="encoder."
-        )
+        found |= stack_parameters(config, config.num_encoder_layers, cross_attention=False, prefix="encoder.")
         target_vocabulary = 0 if config.share_embeddings else config.vocab_size
         found |= _embeddings("target_embedding", config, target_vocabulary)
-        found |= stack_parameters(config, config.num_layers, causal=True, cross_attention=True, prefix="decoder.")
+        found |= stack_parameters(config, config.num_layers, cross_attention=True, prefix="decoder.")
     else:
-        causal = config.architecture == "decoder"
         found |= _embeddings("embedding", config, config.vocab_size)
-        found |= stack_parameters(config, config.num_layers, causal=causal, cross_attention=False, prefix="stack.")
+        found |= stack_parameters(config, config.num_layers, cross_attention=False, prefix="stack.")
     if config.head == "untied":
         found["head.weight"] = Parameter((config.vocab_size, config.model_dim), "linear")
     if config.head_bias:
@@ -50,10 +47,9 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def stack_parameters(
-    config: StackConfig, num_layers: int, *, causal: bool, cross_attention: bool, prefix: str = ""
+    config: StackConfig, num_layers: int, *, cross_attention: bool, prefix: str = ""
 ) -> dict[str, Parameter]:
-    """Every parameter of one ``TransformerStack``. ``causal`` does not change them: it is there to be explicit."""
-    del causal
+    """Every parameter of one ``TransformerStack``, causal or not."""
     found: dict[str, Parameter] = {}
     if config.positions == "relative":
         found[f"{prefix}relative_bias.weight"] = Parameter((config.relative_buckets, config.num_heads), "embedding")
