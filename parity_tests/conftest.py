@@ -1,4 +1,8 @@
-"""Set up before anything is imported: float64 in JAX, two threads in PyTorch, shapes checked on every call.
+"""Set up before anything is imported: float64 in JAX, compiled programs kept on disk, shapes checked on every call.
+
+JAX compiles each operation for each shape, which is most of the time that the tests take: the programs are kept in
+pytest's cache directory, where the other worker and the next run find them (JAX's key holds the program, the versions
+and the machine).
 
 jaxtyping's import hook checks every annotated shape and dtype of both twins while the tests run, with beartype. A call
 with a wrong shape is then refused by the hook before the project's own checks see it; a test of those checks asks for
@@ -6,10 +10,14 @@ the fixture ``without_shape_hook`` (or uses ``helpers.shape_hook_off()`` around 
 """
 
 import os
+import pathlib
 import sys
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax
@@ -23,7 +31,8 @@ for _package in ("torch_impl", "flax_impl"):
 jaxtyping.install_import_hook(["torch_impl", "flax_impl"], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
-torch.set_num_threads(2)
+# as many processes as cores run side by side under pytest-xdist
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # the same few examples on every run: a test that fails fails for everybody
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=20, database=None)

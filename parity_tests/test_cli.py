@@ -13,6 +13,7 @@ from twinformer.checkpoint import write_model
 from twinformer.config import ModelConfig
 from twinformer.initializers import initial_weights
 from twinformer.parity.case import telling_weights
+from twinformer.parity.rungs import BY_DEFAULT, LADDER
 from twinformer.presets import preset
 
 
@@ -39,15 +40,18 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 def test_agreement_is_exit_code_0_with_a_table_and_json(tmp_path):
     write_model(tmp_path / "model", small_config(), telling_weights(small_config(), 0))
-    file = tmp_path / "report.json"
-    done = twinformer("parity", str(tmp_path / "model"), "--json", str(file))
+    file, page = tmp_path / "report.json", tmp_path / "report.html"
+    done = twinformer("parity", str(tmp_path / "model"), "--json", str(file), "--html", str(page))
     assert done.returncode == 0, done.stderr + done.stdout
     assert "verdict: agree" in done.stdout
     assert "not run: compilation, optimizer" in done.stdout
     report = json.loads(file.read_text())
     assert report["verdict"] == "agree"
-    assert [rung["verdict"] for rung in report["rungs"]] == ["agree"] * 4 + ["not run"] * 7
+    verdicts = {rung["name"]: rung["verdict"] for rung in report["rungs"]}
+    assert verdicts == {step.name: "agree" if step.name in BY_DEFAULT else "not run" for step in LADDER}
     assert report["rungs"][1]["comparisons"]
+    assert "<title>model: agree</title>" in page.read_text(encoding="utf-8")
+    assert report["command"].startswith("twinformer parity ")
 
 
 def test_disagreement_is_exit_code_1(tmp_path):
@@ -78,7 +82,8 @@ def test_what_cannot_be_judged_is_exit_code_2(tmp_path):
     refused(twinformer("parity", "no-such-model"), "no-such-model", "textbook-encoder")
     refused(twinformer("parity", "gpt2", "--rungs", "forwards,decoding"), "forwards", "decoding", "2 problems")
     refused(twinformer("parity", "gpt2", "--witness", "transformers"), "published")
-    refused(twinformer("parity", "gpt2", "--json", str(tmp_path / "absent" / "x.json")), "absent")
+    files = ("--json", str(tmp_path / "absent" / "x.json"), "--html", str(tmp_path))
+    refused(twinformer("parity", "gpt2", *files), "absent", "got a directory")
     refused(twinformer("parity", str(tmp_path)), "config.json")
 
 

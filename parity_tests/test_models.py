@@ -35,6 +35,8 @@ from parity_tests.helpers import (
 )
 from parity_tests.modes import compiler_warnings
 from twinformer import ConfigError, ModelConfig
+from twinformer.parity import random_case
+from twinformer.presets import PRESETS, preset
 
 B, T, S = 3, 6, 5
 
@@ -487,15 +489,15 @@ def test_against_transformers(twin, make, side, in_float64):
 
 
 @both
-@every_witness
-def test_eager_is_compiled(twin, make):
-    """The compiled program gives what the eager model does, for every family, padded."""
-    witness = make()
-    model = model_of(twin, witness.config, witness.values())
-    ours, _, _ = inputs_for(witness.config, "left")
-    eager = model(**as_arrays(twin, ours))
+@pytest.mark.parametrize("name", PRESETS)
+def test_eager_is_compiled(twin, name):
+    """The compiled program gives what the eager model does, for every preset, padded on either side."""
+    case = random_case(name, preset(name), seed=1, length=24).in_dtype("float64")
+    model = twin.file("models").build(case.config, seed=None)
+    twin.file("weights").load_weights(model, case.tensors)
+    eager = model(**as_arrays(twin, case.inputs))
     with shape_hook_off(), compiler_warnings():
-        out = twin.file("models").compiled(model)(**as_arrays(twin, ours))
+        out = twin.file("models").compiled(model)(**as_arrays(twin, case.inputs))
     assert_close(out, eager)
 
 

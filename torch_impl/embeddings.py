@@ -127,7 +127,7 @@ class Embeddings(nn.Module):
                 positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             X = X + self.positions(positions)
         if self.token_types is not None:
-            X = X + self.token_types(torch.zeros_like(tokens) if token_types is None else token_types)
+            X = X + self.token_types(tokens.new_zeros(1, 1) if token_types is None else token_types)
         if self.norm is not None:
             X = self.norm(X)
         Y: Tensor = self.dropout(X, rng)

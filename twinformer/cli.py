@@ -9,13 +9,16 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from twinformer.checkpoint import write_atomically
 from twinformer.errors import TwinformerError
@@ -51,7 +54,9 @@ def parity(
     ] = "sentence-encoder",
     rungs: Annotated[
         str | None,
-        typer.Option(help="Only these rungs of the ladder, separated by commas. All that can run if left out."),
+        typer.Option(
+            help="Only these rungs of the ladder, separated by commas, or 'all'. If left out, all but compilation."
+        ),
     ] = None,
     witness: Annotated[
         str | None, typer.Option(help="Also ask an outside implementation about a published model: 'transformers'.")
@@ -60,6 +65,9 @@ def parity(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything that was found to FILE.")
     ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one self-contained page to FILE.")
+    ] = None,
 ) -> None:
     """Load the same weights into both twins and judge whether they agree.
 
@@ -67,18 +75,22 @@ def parity(
     """
     with _told_plainly():
         _need("torch", "jax", "flax")
-        if json_file is not None:
-            _check_writable(json_file)
+        _check_writable({"--json": json_file, "--html": html_file})
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import jax
 
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
         from twinformer.parity.judge import check_rungs, judge
-        from twinformer.parity.rungs import RUNNABLE
+        from twinformer.parity.rungs import BY_DEFAULT, RUNNABLE
         from twinformer.parity.subjects import find
         from twinformer.parity.witness import witnesses_for
 
-        wanted = RUNNABLE if rungs is None else tuple(name.strip() for name in rungs.split(",") if name.strip())
+        if rungs is None:
+            wanted = BY_DEFAULT
+        elif rungs == "all":
+            wanted = RUNNABLE
+        else:
+            wanted = tuple(name.strip() for name in rungs.split(",") if name.strip())
         check_rungs(wanted)
         with _err.status("reading the model") as status:
             found = find(subject, seed)
@@ -88,10 +100,71 @@ def parity(
             report.notes.append(f"in the file but not part of our model: {', '.join(found.published.left_out)}")
         if found.published is not None and found.published.unknown_fields:
             report.notes.append(f"unknown fields of config.json: {', '.join(found.published.unknown_fields)}")
+        report.command = shlex.join(["twinformer", *sys.argv[1:]])
         _out.print(report)
         if json_file is not None:
-            text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-            write_atomically(json_file, lambda part: part.write_text(text, encoding="utf-8"))
+            _write(json_file, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+        if html_file is not None:
+            from twinformer.parity.html import as_html
+
+            _write(html_file, as_html(report))
+        raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def mutants(
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Entries of the catalogue; all if none.")
+    ] = None,
+    twin: Annotated[str | None, typer.Option(help="Only in this twin: torch_impl or flax_impl.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Worker processes; as many as cores if left out.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything that was found to FILE.")
+    ] = None,
+) -> None:
+    """Plant every fault of the catalogue, one twin at a time, and see whether the judge finds it and names its place.
+
+    Exit code 0: all were found, no control alarmed, at least 95 % of the culprits right; 1: not so; 2: cannot run.
+    """
+    with _told_plainly():
+        _need("torch", "jax", "flax")
+        _check_writable({"--json": json_file})
+        from twinformer.parity.mutation import TWINS
+        from twinformer.parity.mutation_report import MutationReport
+        from twinformer.parity.mutation_workers import find_catalogue, run
+
+        catalogue = find_catalogue()
+        if catalogue is None:
+            wanted = "expected a checkout of the project with parity_tests/mutants, got an installed package alone"
+            raise TwinformerError("mutants", [wanted])
+        wrong = [
+            f"expected an id of parity_tests/mutants/catalogue.tsv, got {i!r}" for i in catalogue.unknown(ids or ())
+        ]
+        if twin not in (None, *TWINS):
+            wrong.append(f"--twin: expected one of {', '.join(TWINS)}, got {twin!r}")
+        if wrong:
+            raise TwinformerError("mutants", wrong)
+        chosen = catalogue.chosen(ids or (), twin)
+        absent = {i: why for i, why in catalogue.does_not_apply.items() if not ids or i in ids}
+        report = MutationReport(len(chosen), absent)
+        started, interrupted = time.perf_counter(), False
+        found = run(chosen, jobs or os.cpu_count() or 1)
+        try:
+            with Progress(console=_err, transient=True) as bar:
+                task = bar.add_task("planting", total=len(chosen))
+                for one in found:
+                    report.add(one)
+                    bar.update(task, completed=len(report.outcomes), description=f"{one.case:20.20}")
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            found.close()
+        report.seconds = time.perf_counter() - started
+        _out.print(report)
+        if json_file is not None:
+            _write(json_file, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+        if interrupted:
+            raise KeyboardInterrupt
         raise typer.Exit(report.exit_code)
 
 
@@ -144,17 +217,28 @@ def _need(*packages: str) -> None:
         )
 
 
-def _check_writable(file: Path) -> None:
-    """Before the work, not after it."""
+def _check_writable(files: Mapping[str, Path | None]) -> None:
+    """Before the work, not after it: each option with the file that it names."""
     problems = []
-    if file.is_dir():
-        problems.append(f"expected a file to write, got a directory: {file}")
-    elif not file.absolute().parent.is_dir():
-        problems.append(f"expected a directory to write into, got nothing by that name: {file.absolute().parent}")
-    elif not os.access(file.absolute().parent, os.W_OK):
-        problems.append(f"expected a directory that can be written, got one that cannot: {file.absolute().parent}")
+    for option, file in files.items():
+        if file is None:
+            continue
+        if file.is_dir():
+            problems.append(f"{option}: expected a file to write, got a directory: {file}")
+        elif not file.absolute().parent.is_dir():
+            problems.append(
+                f"{option}: expected a directory to write into, got nothing by that name: {file.absolute().parent}"
+            )
+        elif not os.access(file.absolute().parent, os.W_OK):
+            problems.append(
+                f"{option}: expected a directory that can be written, got one that cannot: {file.absolute().parent}"
+            )
     if problems:
-        raise TwinformerError("--json", problems)
+        raise TwinformerError("output", problems)
+
+
+def _write(file: Path, text: str) -> None:
+    write_atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

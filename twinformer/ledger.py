@@ -14,13 +14,14 @@ from dataclasses import dataclass
 class Choice:
     """One convention. ``fields`` are those of ModelConfig that settle it; none where it is the same for all models.
 
-    ``tests`` are ``file::function`` in parity_tests.
+    ``tests`` are ``file::function`` in parity_tests, ``mutants`` the faults of the catalogue that break it.
     """
 
     name: str
     fields: tuple[str, ...]
     here: str
     tests: tuple[str, ...]
+    mutants: tuple[str, ...] = ()
 
 
 LEDGER: tuple[Choice, ...] = (

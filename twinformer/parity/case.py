@@ -25,7 +25,8 @@ _LONGEST = 264
 class Case:
     """``inputs`` are the keyword arguments of the model's call, as NumPy arrays.
 
-    ``cotangent`` weights the output in the scalar ``sum(output * cotangent)`` whose gradients are compared.
+    ``cotangent`` weights the output in the scalar ``sum(output * cotangent)`` whose gradients are compared. ``finite``:
+    weights that are not finite are refused; without it they are what is tested.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     tensors: Arrays
     inputs: Arrays
     cotangent: npt.NDArray[np.float64]
+    finite: bool = True
 
     def in_dtype(self, dtype: DType) -> Case:
         """The same case with the arithmetic in ``dtype`` and the weights rounded to it."""

@@ -17,6 +17,11 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
+# how many noise floors apart two right programs may be: the floor is one draw of a random quantity, and so are they
+NOISE_MARGIN = 8.0
+# binary digits of the significand, the hidden one included
+DIGITS = {"float64": 53, "float32": 24, "bfloat16": 8}
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -24,8 +29,13 @@ class Comparison:
 
     ``relative`` is ``largest / scale``: the largest absolute difference over the scale, which is the largest
     magnitude of the expected array unless the caller had a reason for another one. ``relative_rms`` is the root of the
-    mean square difference over the same scale; no verdict rests on it alone. ``problem`` says why the values
-    could not be compared at all (then ``relative`` is infinite).
+    mean square difference over the same scale; no verdict rests on it alone. ``ulps`` is the largest difference in
+    units in the last place that the expected value there has in the dtype computed in. ``problem`` says why the
+    values could not be compared at all (then ``relative`` is infinite).
+
+    Filled in by those who measured it: ``noise``, the relative difference that the same computation in another order
+    makes; ``notices``, the smallest relative change of a single weight that would have carried the difference over the
+    bound.
     """
 
     name: str
@@ -39,10 +49,19 @@ class Comparison:
     expected_at_worst: float
     bound: float
     problem: str = ""
+    ulps: float = math.nan
+    noise: float | None = None
+    notices: float | None = None
 
     @property
     def agrees(self) -> bool:
         return not self.problem and self.relative <= self.bound
+
+    @property
+    def within_noise(self) -> bool:
+        """Beyond the bound, but no further than rounding alone takes this computation: it cannot tell."""
+        is_measured = not self.problem and self.noise is not None and not self.agrees
+        return is_measured and self.relative <= NOISE_MARGIN * (self.noise or 0.0)
 
     @property
     def severity(self) -> float:
@@ -55,10 +74,11 @@ class Comparison:
         """One line with figures and names."""
         if self.problem:
             return f"{self.name}: {self.problem}"
+        noise = "" if self.noise is None else f", noise floor {self.noise:.0e}"
         return (
             f"{self.name}: largest difference {self.largest:.2e} at {list(self.worst)} "
             f"({self.actual_at_worst:.9g} against {self.expected_at_worst:.9g}), "
-            f"{self.relative:.2e} of scale {self.scale:.3g}, bound {self.bound:.0e}"
+            f"{self.relative:.2e} of scale {self.scale:.3g}, bound {self.bound:.0e}{noise}"
         )
 
 
@@ -70,6 +90,12 @@ class ErrorPair:
     where both systems are right; the largest error shows a fault in a single place. Each is compared as a ratio, the
     larger over the smaller, where an error below one rounding counts as one rounding: being better than
     the format can show is no merit. ``bound`` is on the ratio of the largest errors, ``rms_bound`` on the other.
+
+    An error in low precision is one draw of a random quantity. ``again`` holds the errors of the same systems computing
+    the same thing in other orders (``noise.py``): for each draw the largest and the rms error of each system. The ratio
+    is then the smallest error of the worse over the largest error of the better, so that it is large only where every
+    draw of the one is worse than every draw of the other. ``noise`` is what another order changes in each system, and
+    ``first`` has all figures of the first draw.
     """
 
     name: str
@@ -80,6 +106,10 @@ class ErrorPair:
     bound: float
     rms_bound: float
     problem: str = ""
+    again: tuple[tuple[tuple[float, float], ...], ...] = ()
+    noise: tuple[float, ...] = ()
+    first: tuple[Comparison, ...] = ()
+    notices: float | None = None
 
     @classmethod
     def of(
@@ -91,21 +121,44 @@ class ErrorPair:
         rounding: float,
         bound: float,
         rms_bound: float,
+        again: Sequence[Sequence[Comparison]] = (),
+        noise: Sequence[float] = (),
     ) -> ErrorPair:
-        """From each system's comparison with the truth."""
-        problems = [f"{who}: {error.problem}" for who, error in zip(systems, errors, strict=True) if error.problem]
-        largest = tuple(error.relative for error in errors)
-        rms = tuple(error.relative_rms for error in errors)
-        return cls(name, systems, largest, rms, rounding, bound, rms_bound, "; ".join(problems))
+        """From each system's comparison with the truth; ``again`` has further draws, each with one for each system."""
+        problems = [
+            f"{who}: {error.problem}"
+            for draw in (errors, *again)
+            for who, error in zip(systems, draw, strict=True)
+            if error.problem
+        ]
+        return cls(
+            name,
+            systems,
+            tuple(error.relative for error in errors),
+            tuple(error.relative_rms for error in errors),
+            rounding,
+            bound,
+            rms_bound,
+            "; ".join(problems),
+            tuple(tuple((error.relative, error.relative_rms) for error in draw) for draw in again),
+            tuple(noise),
+            tuple(errors),
+        )
 
     @property
     def ratio(self) -> float:
         """Of the largest errors."""
-        return _ratio(self.errors, self.rounding)
+        return _ratio([self.errors, *(tuple(error[0] for error in draw) for draw in self.again)], self.rounding)
 
     @property
     def rms_ratio(self) -> float:
-        return _ratio(self.rms_errors, self.rounding)
+        return _ratio([self.rms_errors, *(tuple(error[1] for error in draw) for draw in self.again)], self.rounding)
+
+    @property
+    def noticeable(self) -> float:
+        """The largest error that the worse system could have had without being told apart."""
+        better = min(max(error, self.rounding) for error in self.errors)
+        return self.bound * better
 
     @property
     def agrees(self) -> bool:
@@ -126,22 +179,30 @@ class ErrorPair:
         )
         return (
             f"{self.name}: errors against the truth {errors}: ratio {self.ratio:.2f}, bound {self.bound:.1f}; "
-            f"rms ratio {self.rms_ratio:.2f}, bound {self.rms_bound:.1f}"
+            f"rms ratio {self.rms_ratio:.2f}, bound {self.rms_bound:.1f}; {1 + len(self.again)} draws of each"
         )
 
 
-def _ratio(errors: tuple[float, ...], rounding: float) -> float:
-    raised = sorted(max(error, rounding) for error in errors)
-    return raised[-1] / raised[0]
+def _ratio(draws: Sequence[tuple[float, ...]], rounding: float) -> float:
+    """The smallest error of the worst system over the largest of the best; 1 where their draws overlap."""
+    by_system = [[max(error, rounding) for error in system] for system in zip(*draws, strict=True)]
+    ratios = [min(one) / max(other) for one in by_system for other in by_system if one is not other]
+    return float(max([1.0, *ratios]))
 
 
 def compare(
-    name: str, actual: npt.NDArray[Any], expected: npt.NDArray[Any], *, bound: float, scale: float | None = None
+    name: str,
+    actual: npt.NDArray[Any],
+    expected: npt.NDArray[Any],
+    *,
+    bound: float,
+    scale: float | None = None,
+    dtype: str = "float64",
 ) -> Comparison:
     """Compare two arrays of any numeric dtype, exactly converted to float64.
 
     ``bound`` is on ``largest difference / scale``; ``scale`` defaults to the largest finite magnitude of
-    ``expected``. A bound of 0 asks for equality.
+    ``expected``. A bound of 0 asks for equality. ``dtype`` is the one computed in, whose last place ``ulps`` counts.
     """
     found = _Findings(name, tuple(actual.shape), bound)
     if actual.shape != expected.shape:
@@ -179,7 +240,15 @@ def compare(
         actual_at_worst=float(a[worst]),
         expected_at_worst=float(b[worst]),
         bound=bound,
+        ulps=largest / unit_in_the_last_place(float(b[worst]), dtype),
     )
+
+
+def unit_in_the_last_place(value: float, dtype: str) -> float:
+    """The distance between neighbouring numbers of ``dtype`` at ``value`` (subnormal numbers are not looked into)."""
+    smallest = {"float64": -1022, "float32": -126, "bfloat16": -126}[dtype]
+    exponent = max(math.frexp(value)[1] - 1, smallest) if value else smallest
+    return math.ldexp(1.0, max(exponent - DIGITS[dtype] + 1, -1074))
 
 
 def set_problems(what: str, actual: Iterable[str], expected: Iterable[str], sides: tuple[str, str]) -> list[str]:

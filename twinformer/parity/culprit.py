@@ -7,9 +7,13 @@ the same cotangents. A module is a culprit if it differs on the same inputs and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from twinformer.initializers import stream
 from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.twins import Call, Replay
@@ -36,16 +40,36 @@ def culprits(evidence: Evidence, *, backward: bool, bound: float) -> list[Suspec
     """
     first, second = evidence.twins
     case = evidence.case.in_dtype("float64")
-    calls = first.record(case)
+    calls = [_pulling_finite(call, number) for number, call in enumerate(first.record(case))]
     suspects = [
         _examine(call, one, other, backward=backward, bound=bound)
-        for call, one, other in zip(calls, first.replay(case, calls), second.replay(case, calls), strict=True)
+        for call, one, other in zip(
+            calls,
+            first.replay(case, calls, gradients=backward),
+            second.replay(case, calls, gradients=backward),
+            strict=True,
+        )
     ]
     wrong = [suspect for suspect in suspects if suspect.is_wrong]
     return [suspect for suspect in wrong if not any(_is_part(other.name, suspect.name) for other in wrong)]
 
 
+def _pulling_finite(call: Call, number: int) -> Call:
+    """The call with another cotangent where the recorded one is not finite.
+
+    A gradient that turned NaN somewhere is NaN in every module before it, and NaN shows nothing about them. Any
+    cotangent will do to compare two modules, as long as both get the same.
+    """
+    if np.isfinite(call.cotangent).all():
+        return call
+    return dataclasses.replace(
+        call, cotangent=stream(number, "cotangent of a call").standard_normal(call.cotangent.shape)
+    )
+
+
 def _examine(call: Call, one: Replay, other: Replay, *, backward: bool, bound: float) -> Suspect:
+    if _shows_nothing(one.output, other.output):
+        return Suspect(call.name, ())
     found: list[Comparison] = [compare("output", one.output, other.output, bound=bound)]
     problems: list[str] = []
     if backward:
@@ -62,6 +86,11 @@ def _examine(call: Call, one: Replay, other: Replay, *, backward: bool, bound: f
             ]
     problems += [comparison.describe() for comparison in found if not comparison.agrees]
     return Suspect(call.name, tuple(problems))
+
+
+def _shows_nothing(one: FloatArray, other: FloatArray) -> bool:
+    """Whether both made NaN of everything, as they have to downstream of a module that did."""
+    return one.shape == other.shape and bool(np.isnan(one).all() and np.isnan(other).all())
 
 
 def _largest(arrays: Sequence[FloatArray]) -> float:

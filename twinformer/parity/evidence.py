@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 
 from twinformer.config import DType
 from twinformer.parity.case import Case
+from twinformer.parity.compare import FloatArray
+from twinformer.parity.noise import neighbour, reordered
+from twinformer.parity.power import Power, measure, tensors_of
 from twinformer.parity.twins import Detail, FlaxTwin, Precision, Run, TorchTwin, Twin
 
 Progress = Callable[[str], None]
+Tensors = dict[str, FloatArray]
+# the case itself, the same in another order of summation, or the case with weights nearby
+Variant = Literal["plain", "reordered", "neighbour"]
 
 
 class Evidence:
@@ -28,38 +35,85 @@ class Evidence:
         self.case = case
         self._with_gradients = with_gradients
         self.twins: tuple[Twin, Twin] = twins or (TorchTwin(), FlaxTwin())
-        self._progress = progress
-        self._runs: dict[tuple[str, DType, DType, bool, Precision], Run] = {}
+        self.progress = progress
+        self._runs: dict[tuple[Any, ...], Run] = {}
+        self._power: Power | None = None
 
-    def runs(self, dtype: DType, *, gradients: bool = False, precision: Precision = "highest") -> tuple[Run, Run]:
-        """Both twins' runs in ``dtype``, with weights rounded to it."""
-        first, second = (self._run(twin, dtype, dtype, gradients, precision) for twin in self.twins)
+    def runs(
+        self,
+        dtype: DType,
+        *,
+        gradients: bool = False,
+        precision: Precision = "highest",
+        variant: Variant = "plain",
+        draw: int = 0,
+    ) -> tuple[Run, Run]:
+        """Both twins' runs in ``dtype``, with weights rounded to it. ``variant`` and ``draw``: see ``noise.py``."""
+        first, second = (self._run(twin, dtype, dtype, gradients, precision, variant, draw) for twin in self.twins)
         return first, second
 
-    def truth(self, weights_in: DType) -> Run:
+    def noise(self, *, gradients: bool = False) -> tuple[Tensors, Tensors]:
+        """The first twin's tensors in float64 and once more in another order: how far apart is the noise floor.
+
+        By the names of ``tensors_of``. With dropout there is none: other positions would be dropped.
+        """
+        first = self.twins[0]
+        before = self._run(first, "float64", "float64", gradients, "highest")
+        if "rng" in self.case.inputs:
+            return tensors_of(before), {}
+        after = self._run(first, "float64", "float64", gradients, "highest", "reordered")
+        return tensors_of(before), tensors_of(after)
+
+    def truth(self, weights_in: DType, *, variant: Variant = "plain", draw: int = 0) -> Run:
         """The first twin's float64 run, with gradients, on weights rounded to ``weights_in``.
 
         Either twin's would do: the rungs below show that they are one in float64.
         """
-        exact = all(tensor.dtype == np.float32 for tensor in self.case.tensors.values())
+        exact = variant == "plain" and all(tensor.dtype == np.float32 for tensor in self.case.tensors.values())
         kept: DType = "float64" if weights_in == "float32" and exact else weights_in
-        return self._run(self.twins[0], "float64", kept, True, "highest")
+        return self._run(self.twins[0], "float64", kept, True, "highest", variant, draw)
+
+    def power(self, bound: float) -> Power:
+        """What a change of single weights moves, measured once; ``bound`` is that of rung 1."""
+        if self._power is None:
+            self.progress("detection power: single weights changed")
+            self._power = measure(self, bound=bound, gradients=self._with_gradients)
+        return self._power
 
     def precisions(self) -> tuple[Precision, ...]:
         """The settings of matrix products that can differ here."""
         return ("default",) if all(twin.on_cpu for twin in self.twins) else ("default", "highest")
 
-    def _run(self, twin: Twin, dtype: DType, weights_in: DType, gradients: bool, precision: Precision) -> Run:
+    def _run(
+        self,
+        twin: Twin,
+        dtype: DType,
+        weights_in: DType,
+        gradients: bool,
+        precision: Precision,
+        variant: Variant = "plain",
+        draw: int = 0,
+    ) -> Run:
         gradients = gradients or self._with_gradients
+        key = (twin.name, dtype, weights_in, precision, variant, draw)
         for has_gradients in (True, gradients):  # a run with gradients has all that one without has
-            kept = self._runs.get((twin.name, dtype, weights_in, has_gradients, precision))
+            kept = self._runs.get((*key, has_gradients))
             if kept is not None:
                 return kept
         what = "forward and gradients" if gradients else "forward"
-        self._progress(f"{twin.name}: {what} in {dtype}, {precision} precision")
+        which = "" if variant == "plain" else f", {variant}"
+        self.progress(f"{twin.name}: {what} in {dtype}, {precision} precision{which}")
         # every module in float64; in low precision, blocks are all that is looked at, and memory is not without end
-        detail: Detail = "modules" if dtype == weights_in == "float64" else "blocks"
-        case = self.case.in_dtype(weights_in).in_dtype(dtype)
-        run = twin.run(case, gradients=gradients, precision=precision, detail=detail)
-        self._runs[twin.name, dtype, weights_in, gradients, precision] = run
+        is_full = dtype == weights_in == "float64" and variant != "neighbour"
+        detail: Detail = "modules" if is_full else "blocks"
+        case = self.case.in_dtype(weights_in)
+        if variant == "neighbour":
+            case = neighbour(case, draw)
+        case = case.in_dtype(dtype)
+        if variant == "reordered":
+            other = reordered(case, last_place=dtype == "float64")
+            run = other.restore(twin.run(other.case, gradients=gradients, precision=precision, detail=detail))
+        else:
+            run = twin.run(case, gradients=gradients, precision=precision, detail=detail)
+        self._runs[(*key, gradients)] = run
         return run

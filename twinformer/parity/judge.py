@@ -13,7 +13,8 @@ from twinformer.errors import Problems, TwinformerError
 from twinformer.parity.case import Case
 from twinformer.parity.evidence import Evidence, Progress
 from twinformer.parity.report import Report
-from twinformer.parity.rungs import LADDER, RUNNABLE
+from twinformer.parity.rungs import BY_DEFAULT, LADDER, RUNNABLE
+from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung
 
 
@@ -24,26 +25,30 @@ class CannotJudgeError(TwinformerError):
 def judge(
     case: Case,
     *,
-    rungs: Sequence[str] = RUNNABLE,
+    rungs: Sequence[str] = BY_DEFAULT,
     witnesses: Sequence[Callable[[Evidence, Report], None]] = (),
+    twins: tuple[Twin, Twin] | None = None,
     progress: Progress = lambda _: None,
 ) -> Report:
     """Run the named rungs of the ladder on a case, in the ladder's order.
 
     Where rung 0 finds other parameter sets, the rungs above would compare different models: they are left
-    out, and the report says so. ``witnesses`` are called with the evidence and the report, to add to it.
+    out, and the report says so. ``witnesses`` are called with the evidence and the report, to add to it. ``twins``
+    stand in for the two implementations as they are.
     Raises CannotJudgeError for rungs that there are not.
     """
     check_rungs(rungs)
     started = time.perf_counter()
-    needs_gradients = bool({"gradients", "precision"} & set(rungs))
-    evidence = Evidence(case, with_gradients=needs_gradients, progress=progress)
+    needs_gradients = bool({"gradients", "precision", "compilation"} & set(rungs))
+    evidence = Evidence(case, twins, with_gradients=needs_gradients, progress=progress)
     report = Report(subject=case.name, description=describe(case.config), rungs={}, config=case.config.to_dict())
     for step in LADDER:
         if step.name not in rungs or step.check is None:
             continue
         progress(f"rung {step.number}: {step.name}")
+        began = time.perf_counter()
         report.rungs[step.name] = step.check(evidence)
+        report.rungs[step.name].seconds = time.perf_counter() - began
         if step.name == "parameters" and _different_models(report.rungs[step.name]):
             report.notes.append("the twins hold different parameters: the rungs above were not run")
             break

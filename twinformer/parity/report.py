@@ -7,17 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from twinformer.parity.compare import Comparison, ErrorPair
+from twinformer.parity.power import CHANGE
 from twinformer.parity.rungs import LADDER
 from twinformer.parity.verdict import Rung, Verdict
 
 SCHEMA = 1
-_STYLES: dict[Verdict, str] = {"agree": "green", "differ": "bold red", "cannot tell": "yellow", "not run": "dim"}
-_EXIT: dict[Verdict, int] = {"agree": 0, "differ": 1, "cannot tell": 2, "not run": 2}
+_STYLES: dict[Verdict, str] = {
+    "agree": "green",
+    "differ": "bold red",
+    "cannot tell": "yellow",
+    "does not apply": "dim",
+    "not run": "dim",
+}
+_EXIT: dict[Verdict, int] = {"agree": 0, "differ": 1, "cannot tell": 2, "does not apply": 2, "not run": 2}
+_WORST_FIRST: tuple[Verdict, ...] = ("differ", "cannot tell", "agree", "does not apply")
+# from this width on there is room for the names of the worst places
+_WIDE = 110
 # problems shown in the terminal for one rung; the JSON file has all
 _SHOWN = 6
 
@@ -28,7 +38,7 @@ class Report:
 
     ``rungs`` holds the outcome of each rung that was run, by name; ``witnesses`` outcomes beside the ladder
     (other people's implementations, published answers); ``answers`` rows of ``(what, published, found by
-    each)`` that were looked up along the way.
+    each)`` that were looked up along the way. ``command`` repeats it.
     """
 
     subject: str
@@ -40,19 +50,23 @@ class Report:
     config: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    command: str = ""
 
     @property
     def verdict(self) -> Verdict:
-        """Differ if anything differs, cannot tell if anything cannot, agree only if all that was run agrees."""
+        """Differ if anything differs, cannot tell if anything cannot, agree only if all that was run agrees.
+
+        What does not apply says nothing about the others.
+        """
         verdicts = [rung.verdict for rung in (*self.rungs.values(), *self.witnesses.values())]
-        for verdict in ("differ", "cannot tell"):
+        for verdict in _WORST_FIRST:
             if verdict in verdicts:
                 return verdict
-        return "agree" if verdicts else "not run"
+        return "not run"
 
     @property
     def exit_code(self) -> int:
-        """0 agree, 1 differ, 2 cannot tell."""
+        """0 agree, 1 differ, 2 cannot tell or nothing was checked."""
         return _EXIT[self.verdict]
 
     @property
@@ -74,6 +88,7 @@ class Report:
             "verdict": self.verdict,
             "culprits": self.culprits,
             "seconds": round(self.seconds, 3),
+            "command": self.command,
             "rungs": [
                 {"number": step.number, "name": step.name, "asks": step.asks, **_rung_dict(self.rungs.get(step.name))}
                 for step in LADDER
@@ -94,29 +109,33 @@ class Report:
                 console.print(self)
             raise AssertionError(f"verdict: {self.verdict}\n{captured.get()}")
 
-    def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(f"{self.subject}: {self.description}", style="bold"), self._table()]
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(f"{self.subject}: {self.description}", style="bold")
+        yield self._table(with_places=options.max_width >= _WIDE)
         if self.answers:
-            parts.append(self._answers())
+            yield self._answers()
         for name, rung in {**self.rungs, **self.witnesses}.items():
-            parts += _details(name, rung)
-        parts += [Text(f"note: {note}", style="dim") for note in self.notes]
-        parts.append(Text(f"not run: {', '.join(self.not_run)}", style="dim"))
-        parts.append(Text(", ".join(f"{key} {value}" for key, value in self.settings.items()), style="dim"))
-        verdict = Text.assemble("verdict: ", (self.verdict, _STYLES[self.verdict]), f"  ({self.seconds:.1f} s)")
-        parts.append(verdict)
-        return Group(*parts)
+            yield from _details(name, rung)
+        for note in self.notes:
+            yield Text(f"note: {note}", style="dim")
+        yield Text(f"not run: {', '.join(self.not_run)}", style="dim")
+        yield Text(", ".join(f"{key} {value}" for key, value in self.settings.items()), style="dim")
+        yield Text.assemble("verdict: ", (self.verdict, _STYLES[self.verdict]), f"  ({self.seconds:.1f} s)")
 
-    def _table(self) -> Table:
+    def _table(self, *, with_places: bool) -> Table:
+        """``noise`` is the noise floor, ``notices`` the change of one weight that the least sensitive would notice."""
         table = Table(show_edge=False, pad_edge=False)
-        for column, justify in (("rung", "left"), ("checked", "left"), ("worst", "right"), ("bound", "right")):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
-        table.add_column("where", overflow="fold")
+        table.add_column("rung", no_wrap=True)
+        table.add_column("checked")
+        for column in ("worst", "bound", "noise", "notices"):
+            table.add_column(column, justify="right", no_wrap=True)
+        if with_places:
+            table.add_column("where", overflow="fold")
         table.add_column("verdict", no_wrap=True)
-        for step in LADDER:
-            table.add_row(*_row(f"{step.number} {step.name}", self.rungs.get(step.name)))
-        for name, rung in self.witnesses.items():
-            table.add_row(*_row(name, rung))
+        rows = [(f"{step.number} {step.name}", self.rungs.get(step.name)) for step in LADDER]
+        for name, rung in [*rows, *self.witnesses.items()]:
+            *cells, where, verdict = _row(name, rung)
+            table.add_row(*cells, *([where] if with_places else []), verdict)
         return table
 
     def _answers(self) -> Table:
@@ -130,18 +149,29 @@ class Report:
 
 def _row(name: str, rung: Rung | None) -> tuple[RenderableType, ...]:
     if rung is None:
-        return (Text(name, style="dim"), "", "", "", "", Text("not run", style="dim"))
+        return (Text(name, style="dim"), "", "", "", "", "", "", Text("not run", style="dim"))
     worst = rung.worst
     verdict = Text(rung.verdict, style=_STYLES[rung.verdict])
     if worst is None:
-        return (name, rung.checked, "", "", "", verdict)
+        return (name, rung.checked, "", "", "", "", "", verdict)
     if isinstance(worst, ErrorPair):
         rms_is_nearer = worst.rms_ratio / worst.rms_bound > worst.ratio / worst.bound
         nearer = (worst.rms_ratio, worst.rms_bound) if rms_is_nearer else (worst.ratio, worst.bound)
-        figures = (f"×{nearer[0]:.2f}", f"×{nearer[1]:.0f}")
+        figures = [f"×{nearer[0]:.2f}", f"×{nearer[1]:.0f}", _short(max(worst.noise)) if worst.noise else ""]
     else:
-        figures = (_short(worst.relative), _short(worst.bound))
-    return (name, rung.checked, *figures, worst.name, verdict)
+        figures = [
+            _short(worst.relative),
+            f"{worst.bound:.0e}" if worst.bound else "0",
+            "" if worst.noise is None else _short(worst.noise),
+        ]
+    return (name, rung.checked, *figures, least_noticed(rung), worst.name, verdict)
+
+
+def least_noticed(rung: Rung) -> str:
+    """The relative change of a single weight that the least sensitive of the comparisons would have noticed."""
+    measured = [one.notices for one in rung.comparisons if one.notices is not None and math.isfinite(one.notices)]
+    telling = [smallest for smallest in measured if smallest <= CHANGE]
+    return _short(max(telling)) if telling else ""
 
 
 def _short(value: float) -> str:
@@ -167,6 +197,7 @@ def _rung_dict(rung: Rung | None) -> dict[str, Any]:
     return {
         "verdict": rung.verdict,
         "checked": rung.checked,
+        "seconds": round(rung.seconds, 3),
         "culprits": rung.culprits,
         "problems": rung.problems,
         "notes": rung.notes,
@@ -182,22 +213,38 @@ def _comparison_dict(comparison: Comparison | ErrorPair) -> dict[str, Any]:
             "ratio": _number(comparison.ratio),
             "rms_ratio": _number(comparison.rms_ratio),
             "rms_bound": comparison.rms_bound,
+            "noise": {who: _number(floor) for who, floor in zip(comparison.systems, comparison.noise, strict=False)},
+            "draws": 1 + len(comparison.again),
+            "first": {who: _figures(error) for who, error in zip(comparison.systems, comparison.first, strict=False)},
         }
     else:
-        figures = {
-            "shape": list(comparison.shape),
-            "largest": _number(comparison.largest),
-            "scale": _number(comparison.scale),
-            "relative": _number(comparison.relative),
-            "worst": list(comparison.worst),
-        }
+        figures = _figures(comparison) | {"noise": _maybe(comparison.noise)}
     return {
         "name": comparison.name,
         "agrees": comparison.agrees,
         **figures,
         "bound": comparison.bound,
+        "notices": _maybe(comparison.notices),
         "problem": comparison.problem,
     }
+
+
+def _figures(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "shape": list(comparison.shape),
+        "largest": _number(comparison.largest),
+        "scale": _number(comparison.scale),
+        "relative": _number(comparison.relative),
+        "relative_rms": _number(comparison.relative_rms),
+        "ulps": _number(comparison.ulps),
+        "worst": list(comparison.worst),
+        "actual_at_worst": _number(comparison.actual_at_worst),
+        "expected_at_worst": _number(comparison.expected_at_worst),
+    }
+
+
+def _maybe(value: float | None) -> float | None:
+    return None if value is None else _number(value)
 
 
 def _number(value: float) -> float | None:

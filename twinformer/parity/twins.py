@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import flax
@@ -24,6 +26,7 @@ from flax import nnx
 
 import flax_impl
 import torch_impl
+from twinformer.checks import dtype_name
 from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
 
@@ -46,11 +49,13 @@ class Run:
 class Call:
     """One call of one module, as one twin made it: arguments, output and the gradient that came back to it.
 
-    ``arguments`` and ``options`` are the positional and keyword arguments with NumPy in the place of tensors.
+    ``arguments`` and ``options`` are the positional and keyword arguments with NumPy in the place of tensors. ``kind``
+    is the name of the module's class.
     """
 
     path: str
     name: str
+    kind: str
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     output: FloatArray
@@ -59,11 +64,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a twin's module makes of somebody's recorded call."""
+    """What a twin's module makes of somebody's recorded call; the gradients only where they were asked for."""
 
     output: FloatArray
     input_gradients: dict[str, FloatArray]
     parameter_gradients: dict[str, FloatArray]
+    dtype: str = ""
 
 
 class Twin(Protocol):
@@ -91,8 +97,25 @@ class Twin(Protocol):
     def record(self, case: Case) -> list[Call]:
         """Every call of every module, the model itself (path ``""``) last, in the order in which they finished."""
 
-    def replay(self, case: Case, calls: Sequence[Call]) -> list[Replay]:
-        """Make recorded calls with this twin's modules of their paths, and pull the cotangents back through them."""
+    def replay(
+        self, case: Case, calls: Sequence[Call], *, gradients: bool = True, compiled: bool = True
+    ) -> list[Replay]:
+        """Make recorded calls with this twin's modules of their paths, and pull the cotangents back through them.
+
+        Not ``compiled``: operation by operation, where a compiler might leave out roundings.
+        """
+
+    def plain(self, case: Case) -> FloatArray:
+        """The output of a call as a user makes it: unwatched, and compiled where users compile."""
+
+    def drop(self, rate: float, shape: tuple[int, ...], seed: int) -> FloatArray:
+        """What this twin's dropout makes of ones, in float64: 0 where it drops, its factor elsewhere."""
+
+    def save(self, case: Case, directory: Path) -> None:
+        """Write the case's model as a model directory with the twin's own means."""
+
+    def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
+        """What the twin loads from a model directory, as its bridge gives it back."""
 
     def versions(self) -> dict[str, str]:
         """The framework's versions and device."""
@@ -106,7 +129,7 @@ class TorchTwin:
 
     def _model(self, case: Case) -> torch.nn.Module:
         model: torch.nn.Module = torch_impl.build(case.config.replace(remat=False), seed=None)
-        torch_impl.load_weights(model, case.tensors, finite=True)
+        torch_impl.load_weights(model, case.tensors, finite=case.finite)
         return model
 
     def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
@@ -143,13 +166,13 @@ class TorchTwin:
     def record(self, case: Case) -> list[Call]:
         model = self._model(case)
         inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
-        kept: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
+        kept: dict[str, tuple[str, str, tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
 
         def hook(path: str) -> Any:
             def keep(module: Any, arguments: Any, options: Any, output: torch.Tensor) -> torch.Tensor:
                 seen = output.clone()
                 seen.retain_grad()
-                kept[_nth(kept, path)] = (path, _numpied(arguments), _numpied(options), seen)
+                kept[_nth(kept, path)] = (path, type(module).__name__, _numpied(arguments), _numpied(options), seen)
                 return seen
 
             return keep
@@ -168,38 +191,60 @@ class TorchTwin:
             Call(
                 path,
                 name,
+                kind,
                 arguments,
                 options,
                 widened(_from_torch(seen)),
                 widened(_from_torch(torch.zeros_like(seen) if seen.grad is None else seen.grad)),
             )
-            for name, (path, arguments, options, seen) in kept.items()
+            for name, (path, kind, arguments, options, seen) in kept.items()
         ]
 
-    def replay(self, case: Case, calls: Sequence[Call]) -> list[Replay]:
+    def replay(
+        self, case: Case, calls: Sequence[Call], *, gradients: bool = True, compiled: bool = True
+    ) -> list[Replay]:
         model = self._model(case)
-        return [self._replay(model.get_submodule(call.path), call) for call in calls]
+        with torch.set_grad_enabled(gradients):
+            return [self._replay(model.get_submodule(call.path), call, gradients) for call in calls]
 
-    def _replay(self, module: torch.nn.Module, call: Call) -> Replay:
+    def _replay(self, module: torch.nn.Module, call: Call, gradients: bool) -> Replay:
         given, structure = _flattened(call)
-        made = [torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part for part in given]
+        made = [_to_torch(part) if isinstance(part, np.ndarray) else part for part in given]
         floats = {str(place): part.requires_grad_() for place, part in enumerate(made) if _is_float_tensor(part)}
         arguments, options = jax.tree.unflatten(structure, made)
         output = module(*arguments, **options)
+        if not gradients:
+            return Replay(widened(_from_torch(output)), {}, {}, dtype_name(output))
         parameters = dict(module.named_parameters())
-        gradients = torch.autograd.grad(
+        pulled = torch.autograd.grad(
             output,
             [*floats.values(), *parameters.values()],
             torch.from_numpy(call.cotangent).to(output.dtype),
             allow_unused=True,
             materialize_grads=True,
         )
-        found = [widened(_from_torch(gradient)) for gradient in gradients]
+        found = [widened(_from_torch(gradient)) for gradient in pulled]
         return Replay(
             widened(_from_torch(output)),
             dict(zip(floats, found[: len(floats)], strict=True)),
             dict(zip(parameters, found[len(floats) :], strict=True)),
+            dtype_name(output),
         )
+
+    def plain(self, case: Case) -> FloatArray:
+        inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
+        with torch.no_grad():
+            return widened(_from_torch(self._model(case)(**inputs)))
+
+    def drop(self, rate: float, shape: tuple[int, ...], seed: int) -> FloatArray:
+        ones = torch.ones(shape, dtype=torch.float64)
+        return widened(_from_torch(torch_impl.Dropout(rate)(ones, torch_impl.random_key(seed))))
+
+    def save(self, case: Case, directory: Path) -> None:
+        torch_impl.save(self._model(case), directory)
+
+    def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
+        return torch_impl.export_weights(torch_impl.load(directory))
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, "device": "cpu", "threads": str(torch.get_num_threads())}
@@ -210,13 +255,16 @@ class FlaxTwin:
 
     name = "flax_impl"
 
+    def __init__(self) -> None:
+        self._programs: dict[tuple[Any, Detail], tuple[Any, Any]] = {}
+
     @property
     def on_cpu(self) -> bool:
         return jax.default_backend() == "cpu"
 
     def _model(self, case: Case) -> nnx.Module:
         model = flax_impl.build(case.config.replace(remat=False), seed=None)
-        flax_impl.load_weights(model, case.tensors, finite=True)
+        flax_impl.load_weights(model, case.tensors, finite=case.finite)
         return model
 
     def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
@@ -240,41 +288,55 @@ class FlaxTwin:
         inputs = {name: jnp.asarray(value) for name, value in case.inputs.items()}
         wide = jnp.float64 if case.config.compute_dtype == "float64" else jnp.float32
         cotangent = jnp.asarray(case.cotangent, wide)
-
-        def scalar(state: Any, probes: dict[str, Any]) -> tuple[Any, Any]:
-            model = nnx.merge(graphdef, state)
-            calls: dict[str, Any] = {}
-            with _flax_watch(model, calls, probes, detail):
-                output = model(**inputs)
-            return (output.astype(wide) * cotangent).sum(), (output, calls)
-
+        forward, differentiated = self._program(graphdef, detail)
         if not gradients:
-            output, calls = jax.jit(lambda state: scalar(state, {})[1])(state)
+            output, calls = forward(state, inputs, cotangent)
             return Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
         probes = {}
         if detail == "modules":
-            shapes = jax.eval_shape(lambda state: scalar(state, {})[1][1], state)
+            shapes = jax.eval_shape(forward, state, inputs, cotangent)[1]
             probes = {
                 name: jnp.zeros(shape.shape, shape.dtype)
                 for name, shape in shapes.items()
                 if jnp.issubdtype(shape.dtype, jnp.floating)
             }
-        differentiated = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))
-        (_, (output, calls)), (of_state, of_modules) = differentiated(state, probes)
+        (_, (output, calls)), (of_state, of_modules) = differentiated(state, probes, inputs, cotangent)
         run = Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
         run.gradients = {path: widened(leaf) for path, leaf in in_pytorch_layout(_named_leaves(of_state)).items()}
         run.module_gradients = {name: widened(np.asarray(leaf)) for name, leaf in of_modules.items()}
         return run
 
+    def _program(self, graphdef: Any, detail: Detail) -> tuple[Any, Any]:
+        """The compiled forward pass and the compiled gradients, kept for other weights and inputs of the same shapes.
+
+        Kept in this object, not for the process: a program outlives the code that it was traced from.
+        """
+        if (graphdef, detail) not in self._programs:
+
+            def scalar(state: Any, probes: Any, inputs: Any, cotangent: Any) -> tuple[Any, Any]:
+                model = nnx.merge(graphdef, state)
+                calls: dict[str, Any] = {}
+                with _flax_watch(model, calls, probes, detail):
+                    output = model(**inputs)
+                return (output.astype(cotangent.dtype) * cotangent).sum(), (output, calls)
+
+            self._programs[graphdef, detail] = (
+                jax.jit(lambda state, inputs, cotangent: scalar(state, {}, inputs, cotangent)[1]),
+                jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)),
+            )
+        return self._programs[graphdef, detail]
+
     def record(self, case: Case) -> list[Call]:
         raise NotImplementedError("calls are recorded in PyTorch, where they are made one by one")
 
-    def replay(self, case: Case, calls: Sequence[Call]) -> list[Replay]:
-        with _x64(case), jax.default_matmul_precision("highest"):
+    def replay(
+        self, case: Case, calls: Sequence[Call], *, gradients: bool = True, compiled: bool = True
+    ) -> list[Replay]:
+        with _x64(case), jax.default_matmul_precision("highest"), jax.disable_jit(not compiled):
             model = self._model(case)
-            return [self._replay(_submodule(model, call.path), call) for call in calls]
+            return [self._replay(_submodule(model, call.path), call, gradients) for call in calls]
 
-    def _replay(self, module: nnx.Module, call: Call) -> Replay:
+    def _replay(self, module: nnx.Module, call: Call, gradients: bool) -> Replay:
         graphdef, state = nnx.split(module)
         given, structure = _flattened(call)
         floats, others, constants = {}, {}, []
@@ -285,14 +347,37 @@ class FlaxTwin:
                 floats[str(place)] = jnp.asarray(part)
             else:
                 others[str(place)] = jnp.asarray(part)
-        output, (of_state, of_inputs) = _pulled_back(
-            graphdef, structure, tuple(constants), state, floats, others, jnp.asarray(call.cotangent)
-        )
+        static = (graphdef, structure, tuple(constants))
+        if not gradients:
+            output = _called(*static, state, floats, others)
+            return Replay(widened(np.asarray(output)), {}, {}, dtype_name(output))
+        output, (of_state, of_inputs) = _pulled_back(*static, state, floats, others, jnp.asarray(call.cotangent))
         return Replay(
             widened(np.asarray(output)),
             {name: widened(np.asarray(gradient)) for name, gradient in of_inputs.items()},
             {path: widened(leaf) for path, leaf in in_pytorch_layout(_named_leaves(of_state)).items()},
+            dtype_name(output),
         )
+
+    def plain(self, case: Case) -> FloatArray:
+        with _x64(case), jax.default_matmul_precision("highest"):
+            model: Any = self._model(case)
+            return widened(np.asarray(flax_impl.compiled(model)(**case.inputs)))
+
+    def drop(self, rate: float, shape: tuple[int, ...], seed: int) -> FloatArray:
+        with jax.enable_x64(True):
+            ones = jnp.ones(shape, jnp.float64)
+            return widened(np.asarray(flax_impl.Dropout(rate)(ones, flax_impl.random_key(seed))))
+
+    def save(self, case: Case, directory: Path) -> None:
+        with _x64(case):
+            model: Any = self._model(case)
+            flax_impl.save(model, directory)
+
+    def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
+        with jax.enable_x64(True):  # for a model in float64; others stay what they are
+            leaves: dict[str, npt.NDArray[Any]] = flax_impl.export_weights(flax_impl.load(directory))
+            return leaves
 
     def versions(self) -> dict[str, str]:
         return {"jax": jax.__version__, "flax": flax.__version__, "device": jax.default_backend()}
@@ -327,18 +412,31 @@ def _is_float_tensor(part: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _called(graphdef: Any, structure: Any, constants: Any, state: Any, floats: Any, others: Any) -> Any:
+    """A module's output; modules of one definition and shape compile once."""
+    parts = dict(constants) | {int(place): part for place, part in (floats | others).items()}
+    arguments, options = jax.tree.unflatten(structure, [parts[place] for place in sorted(parts)])
+    return nnx.merge(graphdef, state)(*arguments, **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _pulled_back(
     graphdef: Any, structure: Any, constants: Any, state: Any, floats: Any, others: Any, cotangent: Any
 ) -> Any:
-    """A module's output and the cotangent pulled back; modules of one definition and shape compile once."""
-
-    def run(state: Any, floats: Any) -> Any:
-        parts = dict(constants) | {int(place): part for place, part in (floats | others).items()}
-        arguments, options = jax.tree.unflatten(structure, [parts[place] for place in sorted(parts)])
-        return nnx.merge(graphdef, state)(*arguments, **options)
-
-    output, pull = jax.vjp(run, state, floats)
+    """A module's output and the cotangent pulled back."""
+    output, pull = jax.vjp(
+        lambda state, floats: _called(graphdef, structure, constants, state, floats, others), state, floats
+    )
     return output, pull(cotangent.astype(output.dtype))
+
+
+def forget_compiled() -> None:
+    """Drop every compiled program that outlives a run: a fault that is planted later would not be in it."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "flax_impl"]
+    for owner in (*modules, sys.modules[__name__]):
+        for value in vars(owner).values():
+            if callable(getattr(value, "clear_cache", None)):
+                value.clear_cache()
 
 
 def _submodule(model: nnx.Module, path: str) -> Any:
@@ -357,6 +455,13 @@ def _from_torch(tensor: torch.Tensor) -> npt.NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _to_torch(array: npt.NDArray[Any]) -> torch.Tensor:
+    copy = np.array(array)
+    if copy.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(copy)
 
 
 def _nth(calls: dict[str, Any], path: str) -> str:

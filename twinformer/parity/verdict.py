@@ -8,15 +8,15 @@ from typing import Literal
 
 from twinformer.parity.compare import Comparison, ErrorPair, worst_of
 
-Verdict = Literal["agree", "differ", "cannot tell", "not run"]
+Verdict = Literal["agree", "differ", "cannot tell", "does not apply", "not run"]
 
 
 @dataclass
 class Rung:
     """The outcome of one rung.
 
-    ``problems`` are disagreements (or, with "cannot tell", the reasons why); ``culprits`` names the modules
-    that introduce a difference; ``notes`` are said but decide nothing.
+    ``problems`` are disagreements (or, with "cannot tell" and "does not apply", the reasons why); ``culprits`` names
+    the modules that introduce a difference; ``notes`` are said but decide nothing.
     """
 
     verdict: Verdict
@@ -25,6 +25,7 @@ class Rung:
     problems: list[str] = field(default_factory=list)
     culprits: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def worst(self) -> Comparison | ErrorPair | None:
@@ -33,11 +34,22 @@ class Rung:
 
 
 def rung_of(checked: str, comparisons: Sequence[Comparison | ErrorPair], problems: Sequence[str] = ()) -> Rung:
-    """Agreement if there were comparisons, all agree, and there are no other problems."""
+    """Agreement if there were comparisons, all agree, and there are no other problems.
+
+    Where all that fails lies within the measured noise floor of the computation, the rung cannot tell.
+    """
     failed = [comparison for comparison in comparisons if not comparison.agrees]
     if failed or problems:
         found = [*problems, *(comparison.describe() for comparison in failed)]
+        if not problems and all(isinstance(one, Comparison) and one.within_noise for one in failed):
+            reasons = [f"{text}: rounding alone can do this here (ill-conditioned)" for text in found]
+            return Rung("cannot tell", checked, list(comparisons), reasons)
         return Rung("differ", checked, list(comparisons), found)
     if not comparisons:
         return Rung("cannot tell", checked, [], ["nothing was compared"])
     return Rung("agree", checked, list(comparisons))
+
+
+def does_not_apply(why: str) -> Rung:
+    """A rung about something that the model does not have."""
+    return Rung("does not apply", why)

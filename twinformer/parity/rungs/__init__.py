@@ -9,34 +9,52 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs import forward, gradients, parameters, precision
+from twinformer.parity.rungs import (
+    compilation,
+    forward,
+    gradients,
+    nonfinite,
+    parameters,
+    persistence,
+    precision,
+    rounding,
+    stochastic,
+)
 from twinformer.parity.verdict import Rung
 
 
 @dataclass(frozen=True)
 class Step:
-    """One rung of the ladder. ``check`` is None where there is nothing that runs it yet."""
+    """One rung of the ladder. ``check`` is None where there is nothing that runs it yet.
+
+    ``by_default``: run where nobody names rungs. What takes long is run when it is asked for.
+    """
 
     number: int
     name: str
     asks: str
     check: Callable[[Evidence], Rung] | None = None
+    by_default: bool = True
 
 
 LADDER = (
     Step(0, "parameters", "the same leaves, each used once, layouts proved by values", parameters.check),
     Step(1, "forward", "every module's output in float64", forward.check),
+    Step(1, "nonfinite", "NaN and infinities: hidden in padding unseen, in sight at the same places", nonfinite.check),
     Step(2, "gradients", "every parameter's and every module output's gradient in float64", gradients.check),
+    Step(2, "stochastic", "the same with dropout, under one key; rate, factor and independence", stochastic.check),
+    Step(3, "rounding", "each module by itself in float32 and bfloat16: dtypes and roundings", rounding.check),
     Step(3, "precision", "float32 and bfloat16 errors against the float64 truth", precision.check),
-    Step(4, "compilation", "eager = jit = torch.compile; remat and scan change nothing"),
+    Step(4, "compilation", "eager = jit = torch.compile; remat changes nothing", compilation.check, by_default=False),
     Step(5, "optimizer", "update vectors over at least 8 steps"),
     Step(6, "training", "the same run, dropout on, loss and gradient norm at every step"),
     Step(7, "decoding", "prefill, chunks and single tokens = full forward"),
     Step(8, "sampling", "sampling and beam search on ties and boundaries"),
-    Step(9, "persistence", "saved by one, loaded by the other, bit for bit"),
+    Step(9, "persistence", "saved by one, loaded by the other, bit for bit", persistence.check),
     Step(10, "sharding", "sharded = single device"),
 )
 
 RUNNABLE = tuple(step.name for step in LADDER if step.check is not None)
+BY_DEFAULT = tuple(step.name for step in LADDER if step.check is not None and step.by_default)
 
-__all__ = ["LADDER", "RUNNABLE", "Step"]
+__all__ = ["BY_DEFAULT", "LADDER", "RUNNABLE", "Step"]

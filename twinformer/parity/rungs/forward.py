@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from twinformer.parity.compare import compare, set_problems
+import dataclasses
+
+from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems
 from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
+from twinformer.parity.power import CHANGE, is_still, is_vacuous, vacuous
 from twinformer.parity.verdict import Rung, rung_of
 
 # float64 rounds at 1.1e-16; sums of a few thousand terms through a few dozen layers stay below 1e-12
@@ -16,22 +19,71 @@ def check(evidence: Evidence) -> Rung:
     torch_run, flax_run = evidence.runs("float64")
     first, second = (twin.name for twin in evidence.twins)
     problems = set_problems("module", torch_run.modules, flax_run.modules, (first, second))
+    before, after = evidence.noise()
     comparisons = [
-        compare(path, torch_run.modules[path], flax_run.modules[path], bound=BOUND)
+        with_noise(
+            compare(path, torch_run.modules[path], flax_run.modules[path], bound=BOUND),
+            before.get(f"module {path}"),
+            after.get(f"module {path}"),
+        )
         for path in torch_run.modules
         if path in flax_run.modules
     ]
-    comparisons.append(compare("output", torch_run.output, flax_run.output, bound=BOUND))
+    output = compare("output", torch_run.output, flax_run.output, bound=BOUND)
+    comparisons.append(with_noise(output, before.get("output"), after.get("output")))
     rung = rung_of(f"{len(comparisons)} outputs", comparisons, problems)
     if rung.verdict == "differ":
         blame(rung, evidence, backward=False, bound=BOUND)
+    elif rung.verdict == "agree":
+        _look_for_vacuous(rung, evidence)
     return rung
 
 
+def with_noise(comparison: Comparison, before: FloatArray | None, after: FloatArray | None) -> Comparison:
+    """The comparison with its noise floor, where the computation in another order has that tensor."""
+    if before is None or after is None or comparison.problem:
+        return comparison
+    floor = compare(comparison.name, after, before, bound=1.0, scale=comparison.scale)
+    return dataclasses.replace(comparison, noise=floor.relative)
+
+
+def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
+    """Measure what each comparison would have noticed; one that would not notice a changed weight cannot tell."""
+    power = evidence.power(BOUND)
+    rung.comparisons = [
+        power.noticed(one, "output" if one.name == "output" else f"module {one.name}")
+        for one in rung.comparisons
+        if isinstance(one, Comparison)
+    ]
+    compared = [one for one in rung.comparisons if isinstance(one, Comparison)]
+    problems = [vacuous(one) for one in compared if is_vacuous(one)]
+    still = [one.name for one in compared if is_still(one) and one.name != "output"]
+    if still:
+        rung.notes.append(f"moved by no weight that was changed: {', '.join(still)}")
+    mute = [path for path, smallest in power.parameters.items() if not smallest <= CHANGE]
+    seen = [smallest for smallest in power.parameters.values() if smallest <= CHANGE]
+    if seen:
+        rung.notes.append(
+            f"in each of {len(seen)} parameters one weight changed by {max(seen):.0e} of itself would have been noticed"
+        )
+    if mute:
+        rung.notes.append(f"no change of a weight was seen on these inputs: {', '.join(mute)}")
+    if problems:
+        rung.verdict = "cannot tell"
+        rung.problems = problems
+
+
 def blame(rung: Rung, evidence: Evidence, *, backward: bool, bound: float) -> None:
-    """Name the modules that introduce a difference; where none does alone, say so."""
+    """Name the modules that introduce a difference.
+
+    Where none does alone, something was handed to one of them that should not have been: the module around the first
+    whose output differs put its parts together otherwise, in a way that its own output does not show.
+    """
     suspects = culprits(evidence, backward=backward, bound=bound)
     rung.culprits = [suspect.name or "the model itself" for suspect in suspects]
     rung.notes += [f"{suspect.name or 'the model itself'}: {suspect.differences[0]}" for suspect in suspects]
     if not suspects:
-        rung.notes.append("on the same inputs every module agrees with its twin: no culprit found")
+        rung.notes.append("on the same inputs every module agrees with its twin: parts are put together otherwise")
+        differing = [one.name for one in rung.comparisons if isinstance(one, Comparison) and not one.agrees]
+        owners = [name.removeprefix("output of ").rpartition(".")[0] for name in differing if name != "output"]
+        rung.culprits = [owner or "the model itself" for owner in owners[:1]]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from twinformer.parity.compare import compare, set_problems, sibling_scales
+from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs.forward import blame
+from twinformer.parity.power import is_still, is_vacuous, vacuous
+from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
+from twinformer.parity.rungs.forward import blame, with_noise
 from twinformer.parity.verdict import Rung, rung_of
 
 # one order above the forward bound: a gradient sums over all positions of the batch
@@ -26,21 +28,54 @@ def check(evidence: Evidence) -> Rung:
     problems += set_problems(
         "gradient of output", torch_run.module_gradients, flax_run.module_gradients, (first, second)
     )
+    before, after = evidence.noise(gradients=True)
     outputs = [
-        compare(f"output of {path}", gradient, flax_run.module_gradients[path], bound=BOUND)
+        with_noise(
+            compare(f"output of {path}", gradient, flax_run.module_gradients[path], bound=BOUND),
+            before.get(f"gradient of output {path}"),
+            after.get(f"gradient of output {path}"),
+        )
         for path, gradient in torch_run.module_gradients.items()
         if path in flax_run.module_gradients
     ]
     scales = sibling_scales(flax_run.gradients)
     parameters = [
-        compare(path, gradient, flax_run.gradients[path], bound=BOUND, scale=scales[path])
+        with_noise(
+            compare(path, gradient, flax_run.gradients[path], bound=BOUND, scale=scales[path]),
+            before.get(f"gradient {path}"),
+            after.get(f"gradient {path}"),
+        )
         for path, gradient in torch_run.gradients.items()
         if path in flax_run.gradients
     ]
     rung = rung_of(f"{len(parameters)} parameters, {len(outputs)} outputs", [*parameters, *outputs], problems)
     if rung.verdict == "differ":
         blame(rung, evidence, backward=True, bound=BOUND)
+    elif rung.verdict == "agree":
+        _look_for_vacuous(rung, evidence)
     idle = [path for path, gradient in torch_run.gradients.items() if not np.any(gradient)]
     if idle:
         rung.notes.append(f"no gradient at all on these inputs: {', '.join(idle)}")
     return rung
+
+
+def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
+    """Measure what each comparison would have noticed.
+
+    Some gradients cannot move: those that are zero by mathematics (biases of keys), and those in which no weight takes
+    part (a head's bias). They are named; of all others a changed weight must be seen.
+    """
+    power = evidence.power(FORWARD_BOUND)
+    rung.comparisons = [
+        power.noticed(one, f"gradient {'of ' if one.name.startswith('output of ') else ''}{one.name}")
+        for one in rung.comparisons
+        if isinstance(one, Comparison)
+    ]
+    compared = [one for one in rung.comparisons if isinstance(one, Comparison)]
+    still = [one.name for one in compared if is_still(one)]
+    if still:
+        rung.notes.append(f"moved by no weight that was changed: {', '.join(still)}")
+    problems = [vacuous(one) for one in compared if is_vacuous(one)]
+    if problems:
+        rung.verdict = "cannot tell"
+        rung.problems = problems

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from twinformer.parameters import model_parameters
-from twinformer.parity.compare import compare, set_problems, widened
+from twinformer.parity.compare import Comparison, compare, set_problems, widened
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.twins import in_pytorch_layout
 from twinformer.parity.verdict import Rung, rung_of
@@ -16,24 +16,30 @@ def check(evidence: Evidence) -> Rung:
 
     Layout is proved by values: each framework's own leaf, read by the judge's own rule and not by the twin's bridge,
     must hold the tensor element by element, so a square matrix left untransposed is found. A matrix that equals its
-    own transpose cannot prove its layout: the rung then cannot tell, and says for which.
+    own transpose cannot prove its layout: the rung then cannot tell, and says for which. The culprits are the modules
+    that own the leaves which are wrong.
     """
     case = evidence.case.in_dtype("float64")
     wanted = model_parameters(case.config)
     problems = set_problems("parameter", case.tensors, wanted, ("the weights given", "the contract"))
-    comparisons = []
+    comparisons: list[Comparison] = []
+    wrong: list[str] = []
     for twin in evidence.twins:
         native = in_pytorch_layout(twin.leaves(case))
         exported = twin.exported(case)
         for what, leaves in (("holds", native), ("writes back", exported)):
             problems += set_problems("parameter", leaves, wanted, (twin.name, "the contract"))
-            comparisons += [
-                compare(f"{path} as {twin.name} {what} it", leaves[path], case.tensors[path], bound=0.0)
+            found = {
+                path: compare(f"{path} as {twin.name} {what} it", leaves[path], case.tensors[path], bound=0.0)
                 for path in wanted
                 if path in leaves and path in case.tensors
-            ]
+            }
+            comparisons += found.values()
+            wrong += [path for path, comparison in found.items() if not comparison.agrees]
+            wrong += set(leaves) ^ set(wanted)
     checked = f"{len(wanted)} leaves, {sum(int(np.prod(p.shape)) for p in wanted.values()):,} parameters"
     rung = rung_of(checked, comparisons, problems)
+    rung.culprits = _owners(wrong)
     mute = (
         [
             path
@@ -47,6 +53,11 @@ def check(evidence: Evidence) -> Rung:
         rung.verdict = "cannot tell"
         rung.problems = [f"{path}: equals its own transpose, so that its layout shows nowhere" for path in mute]
     return rung
+
+
+def _owners(paths: list[str]) -> list[str]:
+    """The modules that own these leaves, each once."""
+    return list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
 
 
 def _is_symmetric(matrix: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> bool:

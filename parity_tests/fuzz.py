@@ -1,0 +1,132 @@
+"""Random configurations by the thousand: ``python -m parity_tests.fuzz --cases 1000 --out FILE``.
+
+Each is judged in float64 (parameters, forward, gradients) like any other subject. One line of JSON is written for each
+as it is done; what FILE already holds is not judged again, so a run can be stopped and taken up at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+RUNGS = ("parameters", "forward", "gradients")
+
+
+def subject_of(drawn: Any, name: str) -> Any:
+    """The judge's case of a drawn configuration, with telling weights."""
+    import numpy as np
+
+    from parity_tests.strategies import inputs_of
+    from twinformer.parity.case import make_case, telling_weights
+
+    inputs = {key: value for key, value in inputs_of(drawn).items() if value is not None}
+    if drawn.dropout_seed is not None:
+        inputs["rng"] = np.array([drawn.dropout_seed & 0xFFFFFFFF, drawn.dropout_seed >> 32], np.int64)
+    return make_case(name, drawn.config, telling_weights(drawn.config, drawn.seed), inputs, drawn.seed)
+
+
+def judged(number_and_seed: tuple[int, int]) -> dict[str, Any]:
+    """One line: the verdict, the worst figure of each rung, and what was drawn where it is not agreement."""
+    import gc
+
+    import jax
+
+    from parity_tests.strategies import seeded_cases
+    from twinformer.parity import judge
+
+    number, seed = number_and_seed
+    drawn = seeded_cases(1, seed=seed * 1_000_000 + number)[0]
+    report = judge(subject_of(drawn, f"{seed}/{number}"), rungs=RUNGS)
+    line: dict[str, Any] = {"case": f"{seed}/{number}", "verdict": report.verdict, "seconds": round(report.seconds, 2)}
+    for name, rung in report.rungs.items():
+        worst = rung.worst
+        line[name] = None if worst is None else {"relative": getattr(worst, "relative", None), "where": worst.name}
+    if report.verdict != "agree":
+        line["problems"] = [text for rung in report.rungs.values() for text in rung.problems][:8]
+        line["config"] = dataclasses.asdict(drawn.config)
+        line["padding"] = drawn.padding
+    if number % 25 == 24:  # compiled programs are kept for the life of the process otherwise
+        jax.clear_caches()
+        gc.collect()
+    return line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, continued where it ends")
+    options = parser.parse_args()
+    lines = _read(options.out)
+    done = {line["case"] for line in lines}
+    todo = [(number, options.seed) for number in range(options.cases) if f"{options.seed}/{number}" not in done]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    with options.out.open("a", encoding="utf-8") as out, Progress(console=console) as progress:
+        task = progress.add_task("judged", total=options.cases, completed=options.cases - len(todo))
+        try:
+            for line in _judge_all(todo, options.jobs):
+                out.write(json.dumps(line) + "\n")
+                out.flush()
+                lines.append(line)
+                progress.advance(task)
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from here")
+    return summarize(lines)
+
+
+def summarize(lines: list[dict[str, Any]]) -> int:
+    """Print what was found; 0 only if every case agrees."""
+    verdicts = collections.Counter(line["verdict"] for line in lines)
+    console = Console()
+    console.print(f"{len(lines)} configurations: " + ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
+    for name in RUNGS[1:]:
+        judged_there = [line for line in lines if line.get(name)]
+        if judged_there:
+            worst = max(judged_there, key=lambda line: line[name]["relative"])
+            console.print(f"{name}: largest {worst[name]['relative']:.1e} ({worst['case']}, {worst[name]['where']})")
+    for line in lines:
+        if line["verdict"] != "agree":
+            console.print(f"{line['case']}: {line['verdict']}: {line['problems'][0]}", style="red")
+    return 0 if lines and set(verdicts) == {"agree"} else 1
+
+
+def _judge_all(todo: list[tuple[int, int]], jobs: int) -> Iterator[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs, initializer=_prepare, maxtasksperchild=100) as pool:
+        yield from pool.imap_unordered(judged, todo)
+
+
+def _prepare() -> None:
+    os.environ["JAX_ENABLE_X64"] = "1"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The lines that are there; a last one that was cut off is dropped from the file."""
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return [json.loads(row) for row in whole.splitlines()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

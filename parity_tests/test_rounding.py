@@ -1,0 +1,133 @@
+"""Modules by themselves in low precision: agreement where there is agreement, and each finding seen to fail."""
+
+import pytest
+import torch
+
+from twinformer.parity import random_case
+from twinformer.parity.culprit import culprits
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs import forward, parameters, rounding
+from twinformer.parity.twins import FlaxTwin, TorchTwin
+from twinformer.presets import preset
+
+
+@pytest.fixture(scope="module")
+def case():
+    return random_case("small", preset("llama").replace(num_layers=1), seed=3, batch=4, length=64)
+
+
+class Faulty(TorchTwin):
+    """A PyTorch twin with one fault, given as what happens to the model after its weights are loaded."""
+
+    def __init__(self, plant):
+        self.plant = plant
+
+    def _model(self, case):
+        model = super()._model(case)
+        self.plant(dict(model.named_modules()))
+        return model
+
+
+def under(case, plant):
+    return Evidence(case, (Faulty(plant), FlaxTwin()))
+
+
+def after(path, change):
+    """A plant that changes what a module gives, except in float64."""
+
+    def plant(modules):
+        modules[path].register_forward_hook(
+            lambda module, inputs, output: output if output.dtype == torch.float64 else change(output)
+        )
+
+    return plant
+
+
+def test_right_twins_agree(case):
+    rung = rounding.check(Evidence(case))
+    assert rung.verdict == "agree", rung.problems
+    assert rung.culprits == []
+    shares = [one for one in rung.comparisons if "share unequal" in one.name]
+    assert len(shares) >= 5
+    assert max(share.relative for share in shares) < rounding.UNEQUAL / 5
+
+
+def test_a_rounding_too_many_is_found_and_named(case):
+    """In float32 the query is rounded to bfloat16 on its way."""
+    path = "stack.blocks.0.attention.query"
+    rung = rounding.check(under(case, after(path, lambda Y: Y.to(torch.bfloat16).to(Y.dtype))))
+    assert rung.verdict == "differ"
+    assert rung.culprits == [path]
+
+
+def test_one_rounding_where_two_are_laid_down_is_found(case):
+    """A last digit of bfloat16, up or down: far too little for any ratio of errors."""
+    path = "stack.final_norm"
+    rung = rounding.check(under(case, after(path, lambda Y: Y * 1.004 if Y.dtype == torch.bfloat16 else Y)))
+    assert rung.verdict == "differ"
+    assert rung.culprits == [path]
+    assert any("share unequal" in problem for problem in rung.problems)
+
+
+def test_another_dtype_is_found_even_if_nothing_is_lost(case):
+    path = "stack.final_norm"
+    rung = rounding.check(under(case, after(path, lambda Y: Y.float())))
+    assert rung.verdict == "differ"
+    assert any("float32 against bfloat16" in problem for problem in rung.problems)
+
+
+# ---- whom rungs 0 to 2 name
+
+
+def test_rung_0_names_the_owner_of_a_wrong_leaf(case):
+    path = "stack.blocks.0.feedforward.gate"
+
+    def plant(modules):
+        with torch.no_grad():
+            modules[path].weight[0, 0] += 1
+
+    assert parameters.check(under(case, plant)).culprits == [path]
+
+
+def test_a_gradient_that_turns_nan_does_not_hide_its_culprit(case):
+    """Every module before it is handed NaN; each is examined with another cotangent."""
+    path = "stack.blocks.0.attention.output"
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.nan
+
+    def plant(modules):
+        modules[path].register_forward_hook(lambda module, inputs, output: Broken.apply(output))
+
+    found = culprits(under(case, plant), backward=True, bound=1e-11)
+    assert [suspect.name for suspect in found] == [path]
+
+
+def test_parts_put_together_otherwise_are_their_owners_fault(case):
+    """What one part gains its successor loses, outside of both: each is right by itself, and so is their owner."""
+    layer = "stack.blocks.0.feedforward"
+
+    def plant(modules):
+        dropout = modules[f"{layer}.dropout"]
+        forward_of = modules[layer].forward
+
+        def doubled(X, *, rng=None):
+            before = modules[f"{layer}.down"].register_forward_pre_hook(lambda module, inputs: (inputs[0] / 2,))
+            during = dropout.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2, *inputs[1:]))
+            try:
+                return forward_of(X, rng=rng)
+            finally:
+                before.remove()
+                during.remove()
+
+        modules[layer].forward = doubled
+
+    rung = forward.check(under(case, plant))
+    assert rung.verdict == "differ"
+    assert rung.culprits == [layer]

@@ -1,0 +1,144 @@
+"""Rungs 1 (non-finite values), 4 and 9: agreement on right twins, and each seen to fail on a planted fault."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import torch_impl
+from parity_tests.helpers import shape_hook_off
+from twinformer.parity import judge, random_case
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs import compilation, nonfinite, persistence
+from twinformer.parity.twins import FlaxTwin, TorchTwin
+from twinformer.presets import preset
+
+
+def small(name: str, **changes):
+    return random_case(name, preset(name).replace(**changes), seed=3, length=12)
+
+
+# ---- NaN and infinities
+
+
+@pytest.mark.parametrize("name", ["textbook-encoder-decoder", "llama", "t5", "bert"])
+def test_poison_stays_where_it_belongs(name):
+    rung = nonfinite.check(Evidence(small(name)))
+    assert rung.verdict == "agree", rung.problems
+
+
+def test_poison_that_leaks_is_found(monkeypatch):
+    """What is hidden is multiplied by 0 instead of left out, and 0 times NaN is NaN."""
+    forward = torch_impl.AttentionLayer.forward
+
+    def leaky(self, X, *arguments, **options):
+        return forward(self, X, *arguments, **options) + 0 * X.sum(1, keepdim=True)
+
+    monkeypatch.setattr(torch_impl.AttentionLayer, "forward", leaky)
+    rung = nonfinite.check(Evidence(small("llama")))
+    assert rung.verdict == "differ"
+    assert any(problem.startswith("output of torch_impl (hidden against clean): NaN") for problem in rung.problems)
+
+
+def test_nan_to_num_on_one_side_is_found(monkeypatch):
+    forward = torch_impl.FeedForward.forward
+    monkeypatch.setattr(torch_impl.FeedForward, "forward", lambda *a, **kw: torch.nan_to_num(forward(*a, **kw)))
+    rung = nonfinite.check(Evidence(small("llama")))
+    assert rung.verdict == "differ"
+    assert any("NaN at different places" in problem for problem in rung.problems)
+
+
+def test_nan_to_num_on_both_sides_is_found(monkeypatch):
+    """Both twins agree that poison in plain sight is nothing: the rung does not."""
+
+    class Blind(TorchTwin):
+        def run(self, case, **options):
+            run = super().run(case, **options)
+            return dataclasses.replace(run, output=np.nan_to_num(run.output))
+
+    class BlindToo(FlaxTwin):
+        def run(self, case, **options):
+            run = super().run(case, **options)
+            return dataclasses.replace(run, output=np.nan_to_num(run.output))
+
+    rung = nonfinite.check(Evidence(small("llama"), (Blind(), BlindToo())))
+    assert [problem for problem in rung.problems if "is not seen in the output" in problem]
+
+
+def test_a_vocabulary_of_one_does_not_apply():
+    report = judge(small("llama", vocab_size=1), rungs=["nonfinite"])
+    assert report.rungs["nonfinite"].verdict == "does not apply"
+    assert report.verdict == "does not apply"
+    assert report.exit_code == 2
+
+
+# ---- compilation
+
+
+def test_compiled_eager_and_remat_agree():
+    torch.compiler.reset()
+    with shape_hook_off():
+        rung = compilation.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
+    assert rung.verdict == "agree", rung.problems
+    assert rung.checked.startswith("4 modes")
+
+
+@pytest.mark.parametrize("fault", ["torch_impl, remat", "flax_impl, eager"])
+def test_a_mode_that_computes_something_else_is_found(fault, monkeypatch):
+    original = compilation.run_in_mode
+
+    def faulty(twin, case, mode):
+        run = original(twin, case, mode)
+        if f"{twin.name}, {mode}" == fault:
+            path = "stack.blocks.0.attention.value.weight"
+            run.gradients[path] = run.gradients[path] * (1 + 1e-9)
+        return run
+
+    monkeypatch.setattr(compilation, "run_in_mode", faulty)
+    monkeypatch.setattr(compilation, "MODES", {"torch_impl": ("remat",), "flax_impl": ("eager",)})
+    rung = compilation.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
+    assert rung.verdict == "differ"
+    assert rung.problems[0].startswith(f"stack.blocks.0.attention.value.weight ({fault})")
+
+
+def test_without_a_compiler_it_cannot_tell(monkeypatch):
+    monkeypatch.setattr(compilation, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(compilation, "MODES", {"torch_impl": ("torch.compile", "remat"), "flax_impl": ("remat",)})
+    rung = compilation.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
+    assert rung.verdict == "cannot tell"
+    assert "C++ compiler" in rung.problems[0]
+
+
+# ---- persistence
+
+
+def test_each_twin_reads_what_the_other_wrote():
+    rung = persistence.check(Evidence(small("textbook-encoder-decoder")))
+    assert rung.verdict == "agree", rung.problems
+    assert rung.checked.startswith("12 ways")
+
+
+def test_one_bit_lost_on_the_way_is_found():
+    class Loses(TorchTwin):
+        def loaded(self, directory):
+            leaves = super().loaded(directory)
+            path = "stack.final_norm.weight"
+            bits = leaves[path].view(np.uint8).copy()
+            bits[0] ^= 1
+            return leaves | {path: bits.view(leaves[path].dtype)}
+
+    rung = persistence.check(Evidence(small("llama"), (Loses(), FlaxTwin())))
+    assert rung.verdict == "differ"
+    assert len(rung.problems) == 6
+    assert all(problem.startswith("stack.final_norm.weight") for problem in rung.problems)
+
+
+def test_another_dtype_is_found():
+    class Widens(FlaxTwin):
+        def loaded(self, directory):
+            return {path: leaf.astype(np.float64) for path, leaf in super().loaded(directory).items()}
+
+    rung = persistence.check(Evidence(small("llama"), (TorchTwin(), Widens())))
+    assert rung.verdict == "differ"
+    assert any("expected bfloat16" in problem and "float64 in the model" in problem for problem in rung.problems)

@@ -1,0 +1,78 @@
+"""Dropout judged: the two twins under one key, and each twin's counts, every one of them seen to fail."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from twinformer.parity import judge, random_case
+from twinformer.parity.rungs.stochastic import _counts, with_dropout
+from twinformer.parity.twins import FlaxTwin, TorchTwin
+from twinformer.presets import preset
+
+
+@pytest.fixture(scope="module")
+def case():
+    config = preset("gpt2").replace(num_layers=1)
+    return random_case("small", config, seed=3, batch=2, length=6)
+
+
+def test_the_twins_agree_under_dropout(case):
+    report = judge(case, rungs=["stochastic"])
+    report.assert_agrees()
+    assert len(report.rungs["stochastic"].comparisons) > 40
+
+
+def test_a_model_without_dropout_is_given_some(case):
+    noisy = with_dropout(case)
+    assert (noisy.config.dropout, noisy.config.attention_dropout, noisy.config.hidden_dropout) == (0.1, 0.1, 0.1)
+    kept = with_dropout(dataclasses.replace(case, config=case.config.replace(dropout=0.3)))
+    assert (kept.config.dropout, kept.config.attention_dropout) == (0.3, 0.0)
+
+
+def test_the_case_really_drops(case):
+    twin = TorchTwin()
+    still, noisy = (twin.run(one.in_dtype("float64")).output for one in (case, with_dropout(case)))
+    assert not np.allclose(still, noisy)
+
+
+@pytest.mark.parametrize("twin", [TorchTwin(), FlaxTwin()], ids=lambda twin: twin.name)
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_counts_of_right_masks_agree(twin, rate):
+    assert all(count.agrees for count in _counts(twin, rate))
+
+
+class Drops:
+    """Dropout as a function of the random numbers that it is given, one for each element."""
+
+    name = "made_up"
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def drop(self, rate, shape, seed):
+        return self.mask(np.random.default_rng(seed), rate, shape)
+
+
+def right(rng, rate, shape):
+    return (rng.random(shape) >= rate) / (1 - rate)
+
+
+WRONG = {
+    "factor": lambda rng, rate, shape: right(rng, rate, shape) * (1 - rate),
+    "share dropped": lambda rng, rate, shape: (rng.random(shape) >= rate * 1.2) / (1 - rate),
+    "neighbours among batch": lambda rng, rate, shape: right(rng, rate, (1, *shape[1:])).repeat(shape[0], 0),
+    "neighbours among heads": lambda rng, rate, shape: right(rng, rate, (shape[0], 1, *shape[2:])).repeat(shape[1], 1),
+    "neighbours among queries": lambda rng, rate, shape: right(rng, rate, (*shape[:2], 1, shape[3])).repeat(
+        shape[2], 2
+    ),
+    "neighbours among keys": lambda rng, rate, shape: right(rng, rate, (*shape[:3], 1)).repeat(shape[3], 3),
+    "under two keys": lambda rng, rate, shape: right(np.random.default_rng(0), rate, shape),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_every_count_can_fail(what):
+    assert all(count.agrees for count in _counts(Drops(right), 0.2))
+    failed = [count.name for count in _counts(Drops(WRONG[what]), 0.2) if not count.agrees]
+    assert any(what in name for name in failed), failed

@@ -1,0 +1,79 @@
+"""Other ways to run the same model: compiled where the judge runs it eagerly, eager where it compiles, with remat."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+import flax_impl
+import torch_impl
+from twinformer.parity.case import Case
+from twinformer.parity.compare import widened
+from twinformer.parity.twins import FlaxTwin, Run, TorchTwin, Twin, in_pytorch_layout
+
+Mode = Literal["torch.compile", "remat", "eager"]
+MODES: dict[str, tuple[Mode, ...]] = {"torch_impl": ("torch.compile", "remat"), "flax_impl": ("eager", "remat")}
+
+
+def run_in_mode(twin: Twin, case: Case, mode: Mode) -> Run:
+    """Output and gradients of ``sum(output * cotangent)`` with respect to every parameter; no modules are watched."""
+    if isinstance(twin, TorchTwin):
+        return _run_torch(twin, case, mode)
+    if isinstance(twin, FlaxTwin):
+        with jax.enable_x64(case.config.compute_dtype == "float64"), jax.default_matmul_precision("highest"):
+            return _run_flax(twin, case, mode)
+    raise TypeError(f"expected one of the twins, got {type(twin).__name__}")
+
+
+def cpp_compiler() -> str | None:
+    """The compiler that ``torch.compile`` needs on a CPU, or None where there is none."""
+    named = os.environ.get("CXX")
+    return next((found for name in (named, "g++", "clang++", "c++") if name and (found := shutil.which(name))), None)
+
+
+def _run_torch(twin: TorchTwin, case: Case, mode: Mode) -> Run:
+    model = torch_impl.build(case.config.replace(remat=mode == "remat"), seed=None)
+    model.load_state_dict(twin._model(case).state_dict())
+    inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
+    call: Any = torch_impl.compiled(model) if mode == "torch.compile" else model
+    with warnings.catch_warnings():
+        # PyTorch's compiler warns of what it uses itself
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        output = call(**inputs)
+        (output.to(torch.float64) * torch.from_numpy(case.cotangent)).sum().backward()
+    run = Run(widened(output.detach().numpy()), {})
+    for path, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        run.gradients[path] = widened(gradient.numpy())
+    return run
+
+
+def _run_flax(twin: FlaxTwin, case: Case, mode: Mode) -> Run:
+    model = twin._model(case)
+    graphdef: Any
+    graphdef, state = nnx.split(model)
+    if mode == "remat":
+        graphdef = nnx.split(flax_impl.build(case.config.replace(remat=True), seed=None))[0]
+    inputs = {name: jnp.asarray(value) for name, value in case.inputs.items()}
+    cotangent = jnp.asarray(case.cotangent)
+
+    def scalar(state: Any) -> tuple[Any, Any]:
+        output: Any = nnx.merge(graphdef, state)(**inputs)
+        return (output * cotangent).sum(), output
+
+    differentiated = jax.value_and_grad(scalar, has_aux=True)
+    (_, output), of_state = (jax.jit(differentiated) if mode == "remat" else differentiated)(state)
+    leaves = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(of_state)}
+    return Run(
+        widened(np.asarray(output)),
+        {},
+        {path: widened(leaf) for path, leaf in in_pytorch_layout(leaves).items()},
+    )

@@ -1,0 +1,49 @@
+"""Rung 4: compiled or not, with or without remat, a model computes the same.
+
+The judge runs PyTorch eagerly and Flax under ``jax.jit``. Here each twin is held against itself: PyTorch under
+``torch.compile``, Flax without any jit, and both with every block computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.modes import MODES, cpp_compiler, run_in_mode
+from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
+from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
+from twinformer.parity.verdict import Rung, rung_of
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare the output and every parameter's gradient in float64, each mode with the same twin's usual run."""
+    case = evidence.case.in_dtype("float64")
+    comparisons: list[Comparison] = []
+    problems: list[str] = []
+    reasons: list[str] = []
+    modes = 0
+    for twin, usual in zip(evidence.twins, evidence.runs("float64", gradients=True), strict=True):
+        scales = sibling_scales(usual.gradients)
+        for mode in MODES[twin.name]:
+            if mode == "torch.compile" and cpp_compiler() is None:
+                reasons.append("torch.compile: expected a C++ compiler (g++, clang++ or CXX), got none")
+                continue
+            modes += 1
+            evidence.progress(f"{twin.name}: {mode}")
+            run = run_in_mode(twin, case, mode)
+            label = f"{twin.name}, {mode}"
+            problems += [
+                f"{label}: {problem}"
+                for problem in set_problems("gradient of parameter", run.gradients, usual.gradients, (mode, "usual"))
+            ]
+            comparisons.append(compare(f"output ({label})", run.output, usual.output, bound=FORWARD_BOUND))
+            comparisons += [
+                compare(f"{path} ({label})", run.gradients[path], gradient, bound=GRADIENT_BOUND, scale=scales[path])
+                for path, gradient in usual.gradients.items()
+                if path in run.gradients
+            ]
+    rung = rung_of(f"{modes} modes, {len(comparisons)} tensors", comparisons, problems)
+    if reasons and rung.verdict == "agree":
+        rung.verdict, rung.problems = "cannot tell", reasons
+    else:
+        rung.notes += reasons
+    return rung

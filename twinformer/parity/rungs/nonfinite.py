@@ -1,0 +1,108 @@
+"""Rung 1, continued: NaN and infinities go where they must in both twins, and nowhere else.
+
+One token gets an embedding that holds NaN and both infinities. Where it stands in padding nothing may be seen of it: at
+real positions the output is that of the model without it. Where it stands among real tokens it must be seen, at
+exactly the same places in both twins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from twinformer.config import ModelConfig
+from twinformer.initializers import stream
+from twinformer.parity.case import Arrays, Case
+from twinformer.parity.compare import Comparison, compare, set_problems
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs.forward import BOUND
+from twinformer.parity.twins import Run
+from twinformer.parity.verdict import Rung, does_not_apply, rung_of
+
+# what the poisoned row of the embedding table begins with
+POISON = (np.nan, np.inf, -np.inf)
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare runs with poison in the padding to clean ones, and the twins with each other, poison hidden and in sight.
+
+    Gradients are left out: at a padded position the poison meets a cotangent of 0, and what 0 times NaN makes of a
+    derivative is no promise of either framework.
+    """
+    case = evidence.case.in_dtype("float64")
+    names = [name for name in ("tokens", "source", "target") if name in case.inputs]
+    if any(_vocabulary(case.config, name) < 2 for name in names):
+        return does_not_apply("a vocabulary of one token leaves none to poison")
+    clean, hidden, visible = _poisoned(case, names)
+    comparisons: list[Comparison] = []
+    problems: list[str] = []
+    runs: list[tuple[Run, Run]] = []
+    for twin in evidence.twins:
+        evidence.progress(f"{twin.name}: NaN and infinities")
+        before, after, shown = (twin.run(one) for one in (clean, hidden, visible))
+        runs.append((after, shown))
+        counted = clean.cotangent != 0
+        comparisons.append(
+            compare(
+                f"output of {twin.name} (hidden against clean)",
+                np.where(counted, after.output, 0.0),
+                np.where(counted, before.output, 0.0),
+                bound=BOUND,
+            )
+        )
+        if np.isfinite(shown.output).all():
+            problems.append(f"{twin.name}: poison among real tokens is not seen in the output")
+    sides = (evidence.twins[0].name, evidence.twins[1].name)
+    for what, first, second in zip(("hidden", "in sight"), *runs, strict=True):
+        problems += set_problems("module", first.modules, second.modules, sides)
+        pairs = {"output": (first.output, second.output)}
+        pairs |= {path: (seen, second.modules[path]) for path, seen in first.modules.items() if path in second.modules}
+        comparisons += [
+            compare(f"{path} ({what})", *pair, bound=BOUND)
+            for path, pair in pairs.items()
+            if np.isfinite(pair[0]).any() or np.isfinite(pair[1]).any()
+        ]
+    return rung_of(f"{len(comparisons)} tensors with NaN, inf and -inf about", comparisons, problems)
+
+
+def _poisoned(case: Case, names: Sequence[str]) -> tuple[Case, Case, Case]:
+    """The case without poison, with poison in its padding, and in plain sight; only real positions count."""
+    config, tensors = case.config, dict(case.tensors)
+    if config.head == "tied":  # the table is the head's matrix as well: poison there would be in every logit
+        table = "target_embedding.tokens.weight" if "target" in case.inputs else "embedding.tokens.weight"
+        if config.share_embeddings:
+            table = "source_embedding.tokens.weight"
+        config = config.replace(head="untied")
+        tensors["head.weight"] = tensors[table]
+    inputs: Arrays = dict(case.inputs)
+    seen: Arrays = {}
+    bad = dict(tensors)
+    for name in names:
+        token = _vocabulary(config, name) - 1
+        real = case.inputs[_mask(name)] if _mask(name) in case.inputs else np.ones(case.inputs[name].shape, np.bool_)
+        tokens = np.where(case.inputs[name] == token, token - 1, case.inputs[name])
+        inputs[name] = np.where(real, tokens, token)
+        seen[name] = inputs[name].copy()
+        seen[name][0, tokens.shape[1] // 2] = token
+        prefix = "" if name == "tokens" else f"{name}_"
+        path = f"{prefix}embedding.tokens.weight"
+        path = path if path in tensors else "source_embedding.tokens.weight"
+        bad[path] = bad[path].copy()
+        bad[path][token, : len(POISON)] = POISON[: bad[path].shape[1]]
+    last = case.inputs.get(_mask(names[-1]))
+    cotangent = stream(0, "nonfinite/cotangent").standard_normal(case.cotangent.shape)
+    if last is not None:
+        cotangent = cotangent * last[:, :, None]
+    clean = dataclasses.replace(case, config=config, tensors=tensors, inputs=inputs, cotangent=cotangent, finite=False)
+    hidden = dataclasses.replace(clean, tensors=bad)
+    return clean, hidden, dataclasses.replace(hidden, inputs=inputs | seen)
+
+
+def _mask(name: str) -> str:
+    return "padding_mask" if name == "tokens" else f"{name}_padding_mask"
+
+
+def _vocabulary(config: ModelConfig, name: str) -> int:
+    return config.source_vocab_size if name == "source" else config.vocab_size

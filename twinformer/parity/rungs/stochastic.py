@@ -1,0 +1,111 @@
+"""Rung 2, once more with dropout: the same key drops the same elements, and each twin drops as it should.
+
+Both twins draw from one stream of random numbers, so that a model with dropout is as deterministic as one without:
+outputs and gradients agree within the bounds of rungs 1 and 2. What both could get wrong together (a rate, a factor,
+one mask shared by a whole row) is held against the binomial distribution, for each twin by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from twinformer.parity.case import Case
+from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems, sibling_scales
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs import forward, gradients
+from twinformer.parity.twins import Twin
+from twinformer.parity.verdict import Rung, rung_of
+
+# the key that both twins are given: two 32-bit words
+_KEY = (2026, 7)
+# tokens that are looked at: random numbers cost time, and no place of a mask is unlike the others
+_LENGTH = 48
+# the rates of a model that has none of its own
+_RATES = {"dropout": 0.1, "attention_dropout": 0.1, "hidden_dropout": 0.1}
+# batch, heads, queries, keys: what one mask of attention has to cover
+_SHAPE = (4, 6, 32, 32)
+# by how many standard deviations a count may be off: once in 500 million draws
+_DEVIATIONS = 6.0
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare outputs and gradients under one key, then count what each twin drops.
+
+    There is no noise floor here: a model in another order has other elements dropped.
+    """
+    noisy = Evidence(with_dropout(evidence.case), evidence.twins, with_gradients=True)
+    torch_run, flax_run = noisy.runs("float64", gradients=True)
+    sides = (noisy.twins[0].name, noisy.twins[1].name)
+    problems = set_problems("module", torch_run.modules, flax_run.modules, sides)
+    outputs = [
+        compare(path, torch_run.modules[path], flax_run.modules[path], bound=forward.BOUND)
+        for path in torch_run.modules
+        if path in flax_run.modules
+    ]
+    outputs.append(compare("output", torch_run.output, flax_run.output, bound=forward.BOUND))
+    pulled = _gradients(torch_run.module_gradients, flax_run.module_gradients, "output of ", None)
+    scales = sibling_scales(flax_run.gradients)
+    pulled += _gradients(torch_run.gradients, flax_run.gradients, "", scales)
+    config = noisy.case.config
+    rates = sorted({config.dropout, config.attention_dropout, config.hidden_dropout} - {0.0})
+    counts = [found for twin in evidence.twins for rate in rates for found in _counts(twin, rate)]
+    checked = f"{len(outputs)} outputs, {len(pulled)} gradients, {len(counts)} counts"
+    rung = rung_of(checked, [*outputs, *pulled, *counts], problems)
+    if problems or not all(found.agrees for found in outputs):
+        forward.blame(rung, noisy, backward=False, bound=forward.BOUND)
+    elif not all(found.agrees for found in pulled):
+        forward.blame(rung, noisy, backward=True, bound=gradients.BOUND)
+    return rung
+
+
+def _gradients(
+    ours: dict[str, FloatArray], theirs: dict[str, FloatArray], prefix: str, scales: dict[str, float] | None
+) -> list[Comparison]:
+    return [
+        compare(
+            f"{prefix}{path}",
+            gradient,
+            theirs[path],
+            bound=gradients.BOUND,
+            scale=None if scales is None else scales[path],
+        )
+        for path, gradient in ours.items()
+        if path in theirs
+    ]
+
+
+def with_dropout(case: Case) -> Case:
+    """The last tokens of the case with a key, and with dropout everywhere where it has none."""
+    config = case.config
+    if not (config.dropout or config.attention_dropout or config.hidden_dropout):
+        config = config.replace(**_RATES)
+    inputs = {name: values[:, -_LENGTH:] for name, values in case.inputs.items()}
+    inputs["rng"] = np.array(_KEY, np.int64)
+    return dataclasses.replace(case, config=config, inputs=inputs, cotangent=case.cotangent[:, -_LENGTH:])
+
+
+def _counts(twin: Twin, rate: float) -> list[Comparison]:
+    """Rate, factor and independence of one twin's masks."""
+    masks = [twin.drop(rate, _SHAPE, seed) for seed in _KEY]
+    dropped = [mask == 0 for mask in masks]
+    name = f"{twin.name}, dropout {rate}"
+    kept = masks[0][~dropped[0]]
+    factor = compare(f"{name}: factor", kept, np.full_like(kept, 1 / (1 - rate)), bound=1e-15)
+    found = [factor, _share(f"{name}: share dropped", dropped[0], rate)]
+    # where two neighbours along an axis are independent both are dropped in rate² of all places
+    for axis, what in enumerate(("batch", "heads", "queries", "keys")):
+        pairs = np.moveaxis(dropped[0], axis, 0)
+        pairs = pairs[: len(pairs) // 2 * 2]
+        found.append(_share(f"{name}: dropped in neighbours among {what}", pairs[::2] & pairs[1::2], rate**2))
+    found.append(_share(f"{name}: dropped under two keys", dropped[0] & dropped[1], rate**2))
+    return found
+
+
+def _share(name: str, dropped: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], expected: float) -> Comparison:
+    """The share of True against ``expected``, within what a binomial distribution allows."""
+    share: FloatArray = np.array([dropped.mean()])
+    deviation = math.sqrt(expected * (1 - expected) / dropped.size)
+    return compare(name, share, np.array([expected]), bound=_DEVIATIONS * deviation, scale=1.0)
