@@ -68,8 +68,8 @@ class Prepared:
     def runs(self, dtype: str, **options: Any) -> tuple[Run, Run]:
         return self._runs
 
-    def noise(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {}, {}
+    def noise(self, **options: Any) -> list[Any]:
+        return []
 
     def power(self, bound: float) -> Power:
         names = ["output", *(f"module {path}" for path in MODULES)]
@@ -214,6 +214,17 @@ def one_gradient_wrong() -> None:
     other = right_run()
     other.gradients["stack.blocks.1.attention.weight"] = -other.gradients["stack.blocks.1.attention.weight"]
     assert gradients.check(Prepared(right_run(), other)).verdict == "differ"  # type: ignore[arg-type]
+
+
+@examination
+def a_fault_that_depends_on_the_order() -> None:
+    """The wrong twin is far from itself in another order: that is its fault, and no noise floor."""
+    other = changed(right_run(), "embedding", lambda a: a * (1 + 1e-6))
+    prepared = Prepared(right_run(), other)
+    right = {f"module {path}": seen for path, seen in right_run().modules.items()}
+    wrong = {name: tensor * (1 + 1e-6) for name, tensor in right.items()}
+    prepared.noise = lambda **options: [(right, wrong), (right, right)]  # type: ignore[method-assign]
+    assert forward.check(prepared).verdict == "differ"  # type: ignore[arg-type]
 
 
 @examination

@@ -216,6 +216,10 @@ DEFECTS = {
     "D-T1 NaN is no difference": (of(equal_nan), "nan_everywhere_in_both"),
     "D-M1 zip truncates": (of(truncating_zip), "one_module_missing"),
     "D-X1 nan_to_num": (of(nan_zeroed), "nan_for_zero"),
+    "noise of the wrong twin": (
+        lambda monkeypatch: monkeypatch.setattr(forward, "min", max, raising=False),
+        "a_fault_that_depends_on_the_order",
+    ),
     "broadcast": (of(broadcasting), "another_shape_that_broadcasts"),
 }
 

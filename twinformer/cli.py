@@ -55,7 +55,7 @@ def parity(
     rungs: Annotated[
         str | None,
         typer.Option(
-            help="Only these rungs of the ladder, separated by commas, or 'all'. If left out, all but compilation."
+            help="Only these rungs of the ladder, separated by commas, or 'all'. If left out, all but the slow ones."
         ),
     ] = None,
     witness: Annotated[

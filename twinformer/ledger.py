@@ -47,6 +47,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_config.py::test_wrong_value",
             "test_attention.py::test_self_attention_against_loops",
         ),
+        mutants=("T16", "T17", "W6", "W8"),
     ),
     Choice(
         "norm",
@@ -58,13 +59,21 @@ LEDGER: tuple[Choice, ...] = (
             "test_norms.py::test_population_variance",
             "test_norms.py::test_variance_in_two_passes",
         ),
+        mutants=("N4", "N5", "N9", "T2", "T72"),
     ),
-    Choice("norm eps", ("norm_eps",), "explicit, added inside the square root.", ("test_norms.py::test_eps",)),
+    Choice(
+        "norm eps",
+        ("norm_eps",),
+        "explicit, added inside the square root.",
+        ("test_norms.py::test_eps",),
+        mutants=("N1", "N2", "T3"),
+    ),
     Choice(
         "norm weight",
         ("norm_weight",),
         "plain multiplies by w (Llama, BERT, T5), one_plus by 1 + w summed in float32 or wider (Gemma).",
         ("test_norms.py::test_one_plus_is_summed_wide",),
+        mutants=("N8", "N7", "T1"),
     ),
     Choice(
         "norm cast",
@@ -72,6 +81,7 @@ LEDGER: tuple[Choice, ...] = (
         "after_weight multiplies by the weight before the cast back to compute_dtype (PyTorch's LayerNorm, Gemma), "
         "before_weight casts first (Llama, T5).",
         ("test_norms.py::test_place_of_the_cast",),
+        mutants=("N6", "N11"),
     ),
     Choice(
         "norm placement",
@@ -81,6 +91,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_block.py::test_against_torch_nn",
             "test_stack.py::test_without_final_norm",
         ),
+        mutants=("T4", "T5", "T6", "T63"),
     ),
     Choice(
         "activation",
@@ -90,12 +101,14 @@ LEDGER: tuple[Choice, ...] = (
             "test_feedforward.py::test_activate",
             "test_feedforward.py::test_activations_are_told_apart",
         ),
+        mutants=("G1", "G2", "G3", "G4", "G5", "T10", "T12", "T13"),
     ),
     Choice(
         "gate",
         ("gated",),
         "gated feed-forward is down(f(gate(x)) * up(x)): the activation acts on the gate.",
         ("test_feedforward.py::test_against_the_equations",),
+        mutants=("T11", "T51"),
     ),
     Choice(
         "biases",
@@ -105,12 +118,14 @@ LEDGER: tuple[Choice, ...] = (
             "test_attention.py::test_against_torch_nn",
             "test_linear.py::test_without_bias",
         ),
+        mutants=("A16", "T25", "T53"),
     ),
     Choice(
         "attention scale",
         ("attention_scale",),
         "scores are multiplied by attention_scale, by 1/sqrt(key_dim) when it is null; 1 means none (T5).",
         ("test_attention.py::test_by_hand_scale",),
+        mutants=("A1", "A2", "A3", "A5"),
     ),
     Choice(
         "soft caps",
@@ -120,6 +135,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_attention.py::test_by_hand_softcap",
             "test_embeddings.py::test_unembed_softcap_is_wide",
         ),
+        mutants=("T18", "T19", "T58"),
     ),
     Choice(
         "q/k norm",
@@ -130,12 +146,14 @@ LEDGER: tuple[Choice, ...] = (
             "test_attention.py::test_self_attention_against_loops",
             "test_norms.py::test_make_head_norm",
         ),
+        mutants=("T7", "T8"),
     ),
     Choice(
         "grouped heads",
         (),
         "query head a uses key/value head a // (A // G).",
         ("test_attention.py::test_by_hand_four_heads_share_two_keys",),
+        mutants=("A7", "A9", "T23"),
     ),
     Choice(
         "mask",
@@ -145,6 +163,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_attention.py::test_by_hand_additive_mask",
             "test_masks.py::test_softmax_rows",
         ),
+        mutants=("M5", "M6", "M7", "M11", "M12", "M13", "M14", "M15", "T32"),
     ),
     Choice(
         "causal",
@@ -154,6 +173,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_masks.py::test_causal_by_hand",
             "test_masks.py::test_causal_mask",
         ),
+        mutants=("M21", "T30", "T31"),
     ),
     Choice(
         "window",
@@ -163,6 +183,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_masks.py::test_window_by_hand",
             "test_attention.py::test_by_hand_causal_window",
         ),
+        mutants=("M16", "T27", "T28", "T29"),
     ),
     Choice(
         "row with nothing to attend to",
@@ -173,6 +194,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_attention.py::test_nothing_to_attend_to",
             "test_attention.py::test_twins_agree_on_empty_rows",
         ),
+        mutants=("M1", "M3", "M4", "T26"),
     ),
     Choice(
         "content that is hidden",
@@ -184,6 +206,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_attention.py::test_future_does_not_leak_under_causal",
             "test_attention.py::test_visible_nan_shows",
         ),
+        mutants=("M2",),
     ),
     Choice(
         "positions",
@@ -194,6 +217,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_stack.py::test_position_bias_is_added_once_in_every_block",
             "test_embeddings.py::test_against_the_formula",
         ),
+        mutants=("T49", "T73"),
     ),
     Choice(
         "positions under padding",
@@ -203,6 +227,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_models.py::test_padding_on_either_side_is_no_padding",
             "test_models.py::test_explicit_positions",
         ),
+        mutants=("P1", "P2"),
     ),
     Choice(
         "position offset",
@@ -210,6 +235,7 @@ LEDGER: tuple[Choice, ...] = (
         "added to every sinusoidal or learned position: 1 counts from one, 2 is BART's; a learned table has that many "
         "rows more.",
         ("test_positions.py::test_offset",),
+        mutants=("T33", "T35"),
     ),
     Choice(
         "sinusoid",
@@ -220,6 +246,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_positions.py::test_sinusoid_by_hand",
             "test_positions.py::test_sinusoids",
         ),
+        mutants=("P13", "T34"),
     ),
     Choice(
         "rotary",
@@ -230,12 +257,14 @@ LEDGER: tuple[Choice, ...] = (
             "test_positions.py::test_rotary_by_hand",
             "test_positions.py::test_rotary_angles_are_wide",
         ),
+        mutants=("P3", "P5", "P6", "P7", "P9", "T36", "T37", "T38", "T42", "T52"),
     ),
     Choice(
         "rotary scaling",
         ("rotary_scaling",),
         "none, linear, llama3 or yarn, with every number explicit; yarn's attention_factor multiplies cosine and sine.",
         ("test_positions.py::test_scaled_frequencies",),
+        mutants=("T39", "T40", "T41"),
     ),
     Choice(
         "relative bias",
@@ -247,6 +276,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_positions.py::test_buckets_against_t5",
             "test_stack.py::test_cross_attention_has_no_position_bias",
         ),
+        mutants=("A17", "A18", "T43", "T44", "T45"),
     ),
     Choice(
         "alibi slopes",
@@ -254,18 +284,21 @@ LEDGER: tuple[Choice, ...] = (
         "2^(-8(a+1)/A) for A a power of two, else those of the power below and every other one of the power above; "
         "the bias is -slope * |distance|.",
         ("test_positions.py::test_alibi_slopes",),
+        mutants=("T46", "T47", "T48"),
     ),
     Choice(
         "embedding scale",
         ("embedding_scale",),
         "none unless configured; multiplies the token's row, rounded to compute_dtype; not the position.",
         ("test_embeddings.py::test_scale_is_rounded_to_the_compute_dtype",),
+        mutants=("T55", "T56", "T62", "W1"),
     ),
     Choice(
         "embedding sum",
         ("embedding_norm", "num_token_types"),
         "token + position + token type (type 0 where none is given), then the norm if there is one, then dropout.",
         ("test_embeddings.py::test_against_the_formula",),
+        mutants=("T9", "T57", "T74"),
     ),
     Choice(
         "head",
@@ -276,6 +309,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_models.py::test_heads",
             "test_models.py::test_shared_embeddings",
         ),
+        mutants=("T59", "T60", "T61", "W4", "W5", "W11"),
     ),
     Choice(
         "dropout",
@@ -287,6 +321,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_dropout.py::test_one_word_per_element",
             "test_models.py::test_keys_go_where_the_contract_says",
         ),
+        mutants=("A12", "A13", "A14", "T65", "T66", "T67", "T68", "T69", "T70", "X9"),
     ),
     Choice(
         "dtypes",
@@ -297,6 +332,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_norms.py::test_statistics_are_float32_in_16_bits",
             "test_linear.py::test_weights_and_input_are_rounded_to_compute_dtype",
         ),
+        mutants=("T71",),
     ),
     Choice(
         "rematerialisation",
@@ -320,6 +356,7 @@ LEDGER: tuple[Choice, ...] = (
         (),
         "a clear error in both; where values cannot be seen (inside a compiled function), NaN in that row.",
         ("test_errors.py::test_a_wrong_call", "test_errors.py::test_ids_out_of_range_give_nan_rows_when_traced"),
+        mutants=("P14",),
     ),
 )
 
@@ -330,16 +367,18 @@ def as_markdown() -> str:
         "# The ledger",
         "",
         "Every choice on which frameworks or papers differ, as `twinformer/ledger.py` has it (made from it by",
-        "`python -m twinformer.ledger`). A field in `code` is one of `ModelConfig`; the tests are in `parity_tests/`.",
+        "`python -m twinformer.ledger`). A field in `code` is one of `ModelConfig`. The tests are in `parity_tests/`,",
+        "the faults that break a choice in `parity_tests/mutants/catalogue.tsv`: `twinformer mutants` plants them.",
         "",
-        "| choice | fields | here | held by |",
-        "|---|---|---|---|",
+        "| choice | fields | here | held by | broken by |",
+        "|---|---|---|---|---|",
     ]
     for choice in LEDGER:
         fields = ", ".join(f"`{name}`" for name in choice.fields) or "always"
         tests = ", ".join(f"`{test}`" for test in choice.tests)
         here = choice.here.replace("|", "\\|")
-        lines.append(f"| {choice.name} | {fields} | {here} | {tests} |")
+        faults = ", ".join(choice.mutants)
+        lines.append(f"| {choice.name} | {fields} | {here} | {tests} | {faults} |")
     return "\n".join(lines) + "\n"
 
 

@@ -47,7 +47,8 @@ def comparable(torch_calls: Calls, flax_calls: Calls) -> tuple[list[str], list[s
         theirs = [name for name, call in flax_calls.items() if call.path == path]
         if len(ours) != len(theirs):
             notes.append(
-                f"{path}: called {len(ours)} times in PyTorch, {len(theirs)} times in Flax: not judged by itself"
+                f"{path or 'the model itself'}: called {len(ours)} times in PyTorch, {len(theirs)} times in Flax: "
+                "not judged by itself"
             )
             continue
         for name in ours:

@@ -52,17 +52,20 @@ class Evidence:
         first, second = (self._run(twin, dtype, dtype, gradients, precision, variant, draw) for twin in self.twins)
         return first, second
 
-    def noise(self, *, gradients: bool = False) -> tuple[Tensors, Tensors]:
-        """The first twin's tensors in float64 and once more in another order: how far apart is the noise floor.
+    def noise(self, *, gradients: bool = False) -> list[tuple[Tensors, Tensors]]:
+        """Each twin's tensors in float64 and once more in another order, by the names of ``tensors_of``.
 
-        By the names of ``tensors_of``. With dropout there is none: other positions would be dropped.
+        With dropout there is nothing to compare: other positions would be dropped.
         """
-        first = self.twins[0]
-        before = self._run(first, "float64", "float64", gradients, "highest")
         if "rng" in self.case.inputs:
-            return tensors_of(before), {}
-        after = self._run(first, "float64", "float64", gradients, "highest", "reordered")
-        return tensors_of(before), tensors_of(after)
+            return []
+        return [
+            (
+                tensors_of(self._run(twin, "float64", "float64", gradients, "highest")),
+                tensors_of(self._run(twin, "float64", "float64", gradients, "highest", "reordered")),
+            )
+            for twin in self.twins
+        ]
 
     def truth(self, weights_in: DType, *, variant: Variant = "plain", draw: int = 0) -> Run:
         """The first twin's float64 run, with gradients, on weights rounded to ``weights_in``.

@@ -43,7 +43,7 @@ LADDER = (
     Step(1, "nonfinite", "NaN and infinities: hidden in padding unseen, in sight at the same places", nonfinite.check),
     Step(2, "gradients", "every parameter's and every module output's gradient in float64", gradients.check),
     Step(2, "stochastic", "the same with dropout, under one key; rate, factor and independence", stochastic.check),
-    Step(3, "rounding", "each module by itself in float32 and bfloat16: dtypes and roundings", rounding.check),
+    Step(3, "rounding", "each module by itself, in float32 and bfloat16", rounding.check, by_default=False),
     Step(3, "precision", "float32 and bfloat16 errors against the float64 truth", precision.check),
     Step(4, "compilation", "eager = jit = torch.compile; remat changes nothing", compilation.check, by_default=False),
     Step(5, "optimizer", "update vectors over at least 8 steps"),

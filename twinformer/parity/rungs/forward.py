@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems
+from twinformer.parity.compare import Comparison, compare, set_problems
 from twinformer.parity.culprit import culprits
-from twinformer.parity.evidence import Evidence
+from twinformer.parity.evidence import Evidence, Tensors
 from twinformer.parity.power import CHANGE, is_still, is_vacuous, vacuous
 from twinformer.parity.verdict import Rung, rung_of
 
@@ -19,18 +20,14 @@ def check(evidence: Evidence) -> Rung:
     torch_run, flax_run = evidence.runs("float64")
     first, second = (twin.name for twin in evidence.twins)
     problems = set_problems("module", torch_run.modules, flax_run.modules, (first, second))
-    before, after = evidence.noise()
+    noise = evidence.noise()
     comparisons = [
-        with_noise(
-            compare(path, torch_run.modules[path], flax_run.modules[path], bound=BOUND),
-            before.get(f"module {path}"),
-            after.get(f"module {path}"),
-        )
+        with_noise(compare(path, torch_run.modules[path], flax_run.modules[path], bound=BOUND), noise, f"module {path}")
         for path in torch_run.modules
         if path in flax_run.modules
     ]
     output = compare("output", torch_run.output, flax_run.output, bound=BOUND)
-    comparisons.append(with_noise(output, before.get("output"), after.get("output")))
+    comparisons.append(with_noise(output, noise, "output"))
     rung = rung_of(f"{len(comparisons)} outputs", comparisons, problems)
     if rung.verdict == "differ":
         blame(rung, evidence, backward=False, bound=BOUND)
@@ -39,12 +36,19 @@ def check(evidence: Evidence) -> Rung:
     return rung
 
 
-def with_noise(comparison: Comparison, before: FloatArray | None, after: FloatArray | None) -> Comparison:
-    """The comparison with its noise floor, where the computation in another order has that tensor."""
-    if before is None or after is None or comparison.problem:
+def with_noise(comparison: Comparison, noise: Sequence[tuple[Tensors, Tensors]], tensor: str) -> Comparison:
+    """The comparison with its noise floor, where the computations in another order have that tensor.
+
+    The smaller of the twins' two: a fault can depend on the order itself, and must not excuse itself by that.
+    """
+    floors = [
+        compare(tensor, after[tensor], before[tensor], bound=1.0, scale=comparison.scale)
+        for before, after in noise
+        if tensor in before and tensor in after
+    ]
+    if comparison.problem or len(floors) < len(noise) or not floors:
         return comparison
-    floor = compare(comparison.name, after, before, bound=1.0, scale=comparison.scale)
-    return dataclasses.replace(comparison, noise=floor.relative)
+    return dataclasses.replace(comparison, noise=min(floor.relative for floor in floors))
 
 
 def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:

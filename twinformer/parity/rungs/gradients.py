@@ -28,12 +28,12 @@ def check(evidence: Evidence) -> Rung:
     problems += set_problems(
         "gradient of output", torch_run.module_gradients, flax_run.module_gradients, (first, second)
     )
-    before, after = evidence.noise(gradients=True)
+    noise = evidence.noise(gradients=True)
     outputs = [
         with_noise(
             compare(f"output of {path}", gradient, flax_run.module_gradients[path], bound=BOUND),
-            before.get(f"gradient of output {path}"),
-            after.get(f"gradient of output {path}"),
+            noise,
+            f"gradient of output {path}",
         )
         for path, gradient in torch_run.module_gradients.items()
         if path in flax_run.module_gradients
@@ -42,8 +42,8 @@ def check(evidence: Evidence) -> Rung:
     parameters = [
         with_noise(
             compare(path, gradient, flax_run.gradients[path], bound=BOUND, scale=scales[path]),
-            before.get(f"gradient {path}"),
-            after.get(f"gradient {path}"),
+            noise,
+            f"gradient {path}",
         )
         for path, gradient in torch_run.gradients.items()
         if path in flax_run.gradients
