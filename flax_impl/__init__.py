@@ -8,7 +8,7 @@ One letter for each dimension, in every signature of this package and of its twi
     K  key_dim, per head            J  value_dim       N  context_length
 
 Reading order: dropout, linear, masks, positions, norms, feedforward, attention, block, stack, embeddings,
-models, weights.
+models, weights; losses, optimizers.
 """
 
 from flax_impl.attention import AttentionLayer, attend
@@ -17,6 +17,7 @@ from flax_impl.dropout import Dropout, fold, philox, random_key, random_words
 from flax_impl.embeddings import Embeddings, TokenEmbedding, unembed
 from flax_impl.feedforward import FeedForward, activate
 from flax_impl.linear import Linear
+from flax_impl.losses import cross_entropy, mean_loss, next_tokens
 from flax_impl.masks import (
     causal_mask,
     masked_softmax,
@@ -27,6 +28,7 @@ from flax_impl.masks import (
 )
 from flax_impl.models import EncoderDecoder, EncoderModel, LanguageModel, build, compiled
 from flax_impl.norms import LayerNorm, RMSNorm, make_head_norm, make_norm
+from flax_impl.optimizers import Optimizer, clip, global_norm
 from flax_impl.positions import (
     LearnedPositions,
     PositionalEncoding,
@@ -50,6 +52,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "Linear",
+    "Optimizer",
     "PositionalEncoding",
     "RMSNorm",
     "RelativeBias",
@@ -62,15 +65,20 @@ __all__ = [
     "attend",
     "build",
     "causal_mask",
+    "clip",
     "compiled",
+    "cross_entropy",
     "export_weights",
     "fold",
+    "global_norm",
     "initialize",
     "load",
     "load_weights",
     "make_head_norm",
     "make_norm",
     "masked_softmax",
+    "mean_loss",
+    "next_tokens",
     "padding_mask",
     "philox",
     "positions_from",

@@ -11,6 +11,7 @@ from rich.console import Console
 import flax_impl
 import torch_impl
 from twinformer.parity import CannotJudgeError, judge, random_case
+from twinformer.parity.case import telling_inputs
 from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import BY_DEFAULT, LADDER, RUNNABLE, forward, gradients, parameters, precision
@@ -45,8 +46,8 @@ class Faulty(TorchTwin):
     def __init__(self, plant):
         self.plant = plant
 
-    def _model(self, case):
-        model = super()._model(case)
+    def _model(self, case, **options):
+        model = super()._model(case, **options)
         self.plant(model)
         return model
 
@@ -108,13 +109,54 @@ def test_different_parameter_sets_stop_the_climb_and_say_so(case, monkeypatch):
     assert any("not run" in note for note in report.notes)
 
 
-def test_rung_0_cannot_tell_the_layout_of_a_symmetric_matrix():
+def test_rung_0_finds_a_symmetric_matrix_left_transposed():
+    """Its own values say nothing about its layout; digits that only float64 has are added to it."""
     case = small("gpt2")
     path = "stack.blocks.0.attention.query.weight"
     case.tensors[path] = case.tensors[path] + case.tensors[path].T
+    assert parameters.check(Evidence(case)).verdict == "agree"
+
+    def plant(model):
+        layer = module_of(model, path.removesuffix(".weight"))
+        layer.weight.data = layer.weight.data.T.contiguous()
+
+    rung = parameters.check(with_fault(case, plant))
+    assert rung.verdict == "differ"
+    assert all(path in problem for problem in rung.problems)
+
+
+def test_rung_0_finds_a_detour_over_float32():
+    class Narrow(TorchTwin):
+        def leaves(self, case):
+            return {path: leaf.astype(np.float32).astype(np.float64) for path, leaf in super().leaves(case).items()}
+
+    assert parameters.check(Evidence(small("gpt2"), (Narrow(), FlaxTwin()))).verdict == "differ"
+
+
+def test_rung_0_cannot_tell_the_layout_of_zeros():
+    case = small("gpt2")
+    path = "stack.blocks.0.attention.query.weight"
+    case.tensors[path] = np.zeros_like(case.tensors[path])
     rung = parameters.check(Evidence(case))
     assert rung.verdict == "cannot tell"
     assert [problem for problem in rung.problems if path in problem]
+
+
+def test_a_window_that_hides_nothing_is_named():
+    case = random_case("x", preset("llama").replace(window=64), length=12)
+    rung = forward.check(Evidence(case))
+    assert any("window of 64 hides nothing from 12 tokens" in note for note in rung.notes)
+    assert telling_inputs(preset("llama").replace(window=400, context_length=1024), 0)["tokens"].shape[1] == 408
+
+
+def test_without_agreement_in_float64_there_is_no_truth(case):
+    def plant(model):
+        module_of(model, "encoder.final_norm").eps *= 2
+
+    report = judge(case, rungs=["forward", "precision"], twins=(Faulty(plant), FlaxTwin()))
+    assert report.rungs["precision"].verdict == "cannot tell"
+    assert "there is no truth" in report.rungs["precision"].problems[0]
+    assert report.verdict == "differ"
 
 
 def test_rung_1_names_the_module_that_is_wrong(case):

@@ -92,6 +92,8 @@ CONTRACT = {
     "embeddings": "TokenEmbedding Embeddings unembed",
     "models": "EncoderModel LanguageModel EncoderDecoder build compiled",
     "weights": "load_weights export_weights initialize load save",
+    "losses": "cross_entropy mean_loss next_tokens",
+    "optimizers": "Optimizer clip global_norm",
 }
 
 

@@ -10,7 +10,7 @@ import torch_impl
 from parity_tests.helpers import shape_hook_off
 from twinformer.parity import judge, random_case
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs import compilation, nonfinite, persistence
+from twinformer.parity.rungs import compilation, nonfinite, optimizer, persistence
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.presets import preset
 
@@ -110,7 +110,64 @@ def test_without_a_compiler_it_cannot_tell(monkeypatch):
     assert "C++ compiler" in rung.problems[0]
 
 
+def test_remat_that_loses_the_key_is_found(monkeypatch):
+    """Only with dropout: without a key there is nothing to lose."""
+    original = compilation.run_in_mode
+
+    def faulty(twin, case, mode):
+        if twin.name == "torch_impl":
+            case = dataclasses.replace(case, inputs={k: v for k, v in case.inputs.items() if k != "rng"})
+        return original(twin, case, mode)
+
+    monkeypatch.setattr(compilation, "run_in_mode", faulty)
+    monkeypatch.setattr(compilation, "MODES", {"torch_impl": ("remat",), "flax_impl": ("remat",)})
+    rung = compilation.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
+    assert rung.verdict == "differ"
+    assert all("torch_impl, remat" in problem for problem in rung.problems)
+
+
+# ---- the optimizer
+
+
+def test_the_optimizers_move_alike():
+    rung = optimizer.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
+    assert rung.verdict == "agree", rung.problems
+    assert rung.checked.startswith("3 optimizers, 10 steps")
+
+
+@pytest.mark.parametrize("change", [{"eps": 1e-7}, {"beta2": 0.9991}, {"weight_decay": 0.1001}, {"clip_norm": 1.0001}])
+def test_another_choice_of_the_optimizer_is_found(change, monkeypatch):
+    original = optimizer.steps
+
+    def faulty(name, config, *arguments):
+        return original(name, dataclasses.replace(config, **change) if name == "torch_impl" else config, *arguments)
+
+    monkeypatch.setattr(optimizer, "steps", faulty)
+    monkeypatch.setattr(optimizer, "CONFIGS", {"adamw": optimizer.CONFIGS["adamw"]})
+    rung = optimizer.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
+    assert rung.verdict == "differ"
+    assert rung.culprits == ["adamw"]
+
+
+def test_no_update_at_all_is_found(monkeypatch):
+    """Parameters agree to a thousandth then; updates do not."""
+    original = optimizer.steps
+
+    def faulty(name, config, parameters, *arguments):
+        seen = original(name, config, parameters, *arguments)
+        return seen if name == "torch_impl" else [seen[0]] * len(seen)
+
+    monkeypatch.setattr(optimizer, "steps", faulty)
+    monkeypatch.setattr(optimizer, "CONFIGS", {"sgd": optimizer.CONFIGS["sgd"]})
+    assert optimizer.check(Evidence(small("textbook-decoder", num_layers=1))).verdict == "differ"
+
+
 # ---- persistence
+
+
+def test_a_model_with_remat_is_kept_with_it():
+    rung = persistence.check(Evidence(small("llama", remat=True)))
+    assert rung.verdict == "agree", rung.problems
 
 
 def test_each_twin_reads_what_the_other_wrote():

@@ -1,8 +1,8 @@
 """The transformer of twinformer in PyTorch.
 
 Read the files in this order: dropout, linear, masks, positions, norms, feedforward, attention, block, stack,
-embeddings, models, weights. Each states the equations that it computes; the book is Jurafsky & Martin, *Speech and
-Language Processing*, 3rd edition draft, chapters "Transformers" and "Machine Translation".
+embeddings, models, weights, losses, optimizers. Each states the equations that it computes; the book is Jurafsky &
+Martin, *Speech and Language Processing*, 3rd edition draft, chapters "Transformers" and "Machine Translation".
 
 One letter for each dimension, in signatures and in the code:
 
@@ -24,9 +24,11 @@ from torch_impl.dropout import Dropout, fold, philox, random_key, random_words
 from torch_impl.embeddings import Embeddings, TokenEmbedding, unembed
 from torch_impl.feedforward import FeedForward, activate
 from torch_impl.linear import Linear
+from torch_impl.losses import cross_entropy, mean_loss, next_tokens
 from torch_impl.masks import causal_mask, masked_softmax, padding_mask, positions_from, quarantine, window_mask
 from torch_impl.models import EncoderDecoder, EncoderModel, LanguageModel, build, compiled
 from torch_impl.norms import LayerNorm, RMSNorm, make_head_norm, make_norm
+from torch_impl.optimizers import Optimizer, clip, global_norm
 from torch_impl.positions import (
     LearnedPositions,
     PositionalEncoding,
@@ -50,6 +52,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "Linear",
+    "Optimizer",
     "PositionalEncoding",
     "RMSNorm",
     "RelativeBias",
@@ -62,15 +65,20 @@ __all__ = [
     "attend",
     "build",
     "causal_mask",
+    "clip",
     "compiled",
+    "cross_entropy",
     "export_weights",
     "fold",
+    "global_norm",
     "initialize",
     "load",
     "load_weights",
     "make_head_norm",
     "make_norm",
     "masked_softmax",
+    "mean_loss",
+    "next_tokens",
     "padding_mask",
     "philox",
     "positions_from",

@@ -6,6 +6,7 @@ framework is needed to check them. Every function raises one InputError that nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -177,6 +178,112 @@ def check_tensors(
     problems.raise_if_any()
 
 
+def check_cross_entropy(
+    where: str,
+    *,
+    logits: Any,
+    targets: Any,
+    real: Any = None,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    lowest: int | None = None,
+    highest: int | None = None,
+) -> None:
+    """Inputs of a loss: ``logits [B, T, V]``, ``targets [B, T]`` whole numbers, ``real [B, T]`` boolean or None.
+
+    The lowest and highest target are those where ``real`` is True, or None where they cannot be known (while a function
+    is traced, or where no place is real). Only shape and dtype of the arrays are read.
+    """
+    problems = Problems(where, InputError)
+    shape = _shape(logits)
+    good = problems.expect(len(shape) == 3, f"logits: expected rank 3 [B, T, V], got shape {shape}")
+    problems.expect(dtype_name(logits) in FLOATS, f"logits: expected a float dtype, got {dtype_name(logits)}")
+    kind = dtype_name(targets)
+    problems.expect(kind in INTEGERS, f"targets: expected whole numbers, got dtype {kind}")
+    if good:
+        B, T, V = shape
+        problems.expect(V >= 1, f"logits: expected at least one token in the vocabulary, got shape {shape}")
+        problems.expect(
+            _shape(targets) == (B, T), f"targets: expected shape [B, T] = {(B, T)} as in logits, got {_shape(targets)}"
+        )
+        if real is not None:
+            _check_padding(problems, "real", real, B, T)
+        _check_range(problems, "targets", lowest, highest, V)
+    _check_number(problems, "smoothing", smoothing, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+    _check_number(problems, "z_loss", z_loss, "0 or a positive number", lambda x: x >= 0)
+    problems.raise_if_any()
+
+
+def check_next_tokens(where: str, *, tokens: Any, real: Any = None) -> None:
+    """Inputs of the shift by one: ``tokens [B, T]`` whole numbers, ``real [B, T]`` boolean or None."""
+    problems = Problems(where, InputError)
+    shape = _shape(tokens)
+    good = problems.expect(len(shape) == 2, f"tokens: expected rank 2 [B, T], got shape {shape}")
+    problems.expect(dtype_name(tokens) in INTEGERS, f"tokens: expected whole numbers, got dtype {dtype_name(tokens)}")
+    if good:
+        problems.expect(shape[1] >= 1, "tokens: expected at least one position, got T=0")
+        if real is not None:
+            _check_padding(problems, "real", real, *shape)
+    problems.raise_if_any()
+
+
+def check_leaves(where: str, name: str, leaves: Mapping[str, Any], *, max_norm: float | None = None) -> None:
+    """Parameters or gradients by path: every one of a float dtype. ``max_norm`` (None: not known) is positive.
+
+    ``name`` says what they are: ``"parameters"`` or ``"gradients"``. Of the arrays only the dtype is read.
+    """
+    problems = Problems(where, InputError)
+    _check_floats(problems, name, leaves)
+    if max_norm is not None:
+        _check_number(problems, "max_norm", max_norm, "a positive number", lambda x: x > 0)
+    problems.raise_if_any()
+
+
+def check_update(
+    where: str,
+    *,
+    parameters: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    state: Mapping[str, Any],
+    wanted: Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]],
+    lr: float | None = None,
+) -> None:
+    """Inputs of an optimizer's step: the paths of gradients and state, their shapes, their dtypes.
+
+    ``wanted`` is what the state holds besides ``step``: name -> path -> (shape, dtype name), as the optimizer makes
+    it for these parameters. ``lr`` is None where it cannot be known (while a function is traced). Of the arrays only
+    shape and dtype are read.
+    """
+    problems = Problems(where, InputError)
+    _check_floats(problems, "parameters", parameters)
+    _check_floats(problems, "gradients", gradients)
+    for path in sorted({*parameters, *gradients}):
+        if path not in gradients:
+            problems.add(f"gradients: {path}: missing, expected shape {_shape(parameters[path])}")
+        elif path not in parameters:
+            problems.add(f"gradients: {path}: unexpected")
+        else:
+            want, got = _shape(parameters[path]), _shape(gradients[path])
+            problems.expect(want == got, f"gradients: {path}: expected shape {want}, got {got}")
+    for name in sorted({"step", *wanted, *state}):
+        if name not in state:
+            problems.add(f"state: {name}: missing")
+        elif name == "step":
+            step = state[name]
+            is_int = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+            is_array = hasattr(step, "dtype") and _shape(step) == () and dtype_name(step) in INTEGERS
+            problems.expect(is_int or is_array, f"state: step: expected a whole number from 0, got {step!r}")
+        elif name not in wanted:
+            problems.add(f"state: {name}: unexpected")
+        elif not isinstance(state[name], Mapping):
+            problems.add(f"state: {name}: expected a mapping by path, got {type(state[name]).__name__}")
+        else:
+            _check_state(problems, f"state: {name}", state[name], wanted[name])
+    if lr is not None:
+        _check_number(problems, "lr", lr, "0 or a positive number", lambda x: x >= 0)
+    problems.raise_if_any()
+
+
 def _prefix(name: str) -> str:
     """``source_`` for the argument ``source``; nothing for plain ``tokens``."""
     return "" if name == "tokens" else f"{name}_"
@@ -236,3 +343,31 @@ def _check_range(problems: Problems, name: str, lowest: int | None, highest: int
             lowest >= 0 and highest < size,
             f"{name}: expected ids from 0 to {size - 1}, got values from {lowest} to {highest}",
         )
+
+
+def _check_floats(problems: Problems, name: str, leaves: Mapping[str, Any]) -> None:
+    for path in sorted(leaves):
+        kind = dtype_name(leaves[path])
+        problems.expect(kind in FLOATS, f"{name}: {path}: expected a float dtype, got {kind}")
+
+
+def _check_state(
+    problems: Problems, name: str, leaves: Mapping[str, Any], wanted: Mapping[str, tuple[tuple[int, ...], str]]
+) -> None:
+    for path in sorted({*wanted, *leaves}):
+        if path not in leaves:
+            problems.add(f"{name}: {path}: missing, expected shape {wanted[path][0]}")
+        elif path not in wanted:
+            problems.add(f"{name}: {path}: unexpected")
+        else:
+            got = (_shape(leaves[path]), dtype_name(leaves[path]))
+            shape, kind = wanted[path]
+            problems.expect(
+                got == (shape, kind),
+                f"{name}: {path}: expected {kind} of shape {shape}, got {got[1]} of shape {got[0]}",
+            )
+
+
+def _check_number(problems: Problems, name: str, value: Any, wanted: str, is_right: Callable[[Any], bool]) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    problems.expect(is_number and is_right(value), f"{name}: expected {wanted}, got {value!r}")

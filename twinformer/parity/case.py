@@ -19,6 +19,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 # longest sequence that is drawn: beyond 256, where bfloat16 stops counting
 _LONGEST = 264
+# but to reach beyond a window, or the largest relative distance, as far as this
+_FARTHEST = 1032
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Case:
         return dataclasses.replace(self, config=self.config.with_dtype(dtype), tensors=tensors)
 
 
+def with_all_digits(case: Case) -> Case:
+    """A float64 case whose weights need float64: weights that came from float32 would survive a detour over it."""
+
+    def filled(path: str, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return tensor * (1 + stream(0, f"digits/{path}").uniform(0, 2.0**-30, tensor.shape))
+
+    return dataclasses.replace(case, tensors={path: filled(path, tensor) for path, tensor in case.tensors.items()})
+
+
 def random_case(name: str, config: ModelConfig, seed: int = 0, batch: int = 4, length: int | None = None) -> Case:
     """Weights and inputs drawn so that mistakes show: see ``telling_weights`` and ``telling_inputs``."""
     inputs = telling_inputs(config, seed, batch, length)
@@ -64,7 +75,8 @@ def telling_weights(config: ModelConfig, seed: int) -> Arrays:
     Initial weights would hide much: with norm weights of 1, biases of 0 and small matrices, a swapped norm, a
     forgotten bias or a wrong GELU changes next to nothing. Here every matrix has a scale and an offset of
     its own, norm weights are away from 1 (or 0 where 1 is added), biases away from 0; among the embeddings
-    one row has a mean far above its spread and one a variance near the norm's eps.
+    one row has a mean far above its spread and one a variance near the norm's eps; one unit of each feed-forward
+    layer is given exactly 0.
     """
     return {
         path: _telling(path, parameter, config, seed).astype(np.float32)
@@ -79,11 +91,17 @@ def _telling(path: str, parameter: Parameter, config: ModelConfig, seed: int) ->
         centre = 1.0 if config.norm_weight == "plain" else 0.0
         return centre + rng.uniform(-0.5, 0.5, shape)
     if parameter.kind == "bias":
-        return rng.normal(rng.uniform(-0.2, 0.2), 0.3, shape)
+        values = rng.normal(rng.uniform(-0.2, 0.2), 0.3, shape)
+        if _is_before_activation(path, config):
+            values[0] = 0
+        return values
     if parameter.kind == "linear":
         inputs = shape[1]
         spread = rng.uniform(0.6, 1.4) / np.sqrt(inputs)
-        return rng.normal(rng.uniform(-0.1, 0.1) * spread, spread, shape)
+        values = rng.normal(rng.uniform(-0.1, 0.1) * spread, spread, shape)
+        if _is_before_activation(path, config):
+            values[0] = 0
+        return values
     values = rng.normal(0, 1, shape)
     if path.endswith("tokens.weight") and len(values) >= 4:
         values[1] = 30 + 0.01 * values[1]
@@ -92,9 +110,15 @@ def _telling(path: str, parameter: Parameter, config: ModelConfig, seed: int) ->
     return values
 
 
+def _is_before_activation(path: str, config: ModelConfig) -> bool:
+    """Whether the parameter makes what the activation is given: one unit gets exactly 0 there, at a ReLU's kink."""
+    return f".feedforward.{'gate' if config.gated else 'up'}." in path
+
+
 def telling_inputs(config: ModelConfig, seed: int, batch: int = 4, length: int | None = None) -> Arrays:
     """Token ids with no, left and right padding and one row that is padding only, longer than any window."""
-    T = min(config.context_length, length or _LONGEST)
+    reach = max(config.window or 0, config.relative_max_distance if config.positions == "relative" else 0)
+    T = min(config.context_length, length or max(_LONGEST, min(reach + 8, _FARTHEST)))
     if config.architecture == "encoder-decoder":
         S = max(1, T - 5)
         source, source_mask = _tokens(config.source_vocab_size, seed, "source", batch, S, empty_row=True)

@@ -21,6 +21,8 @@ from twinformer.parity.strips import Cell, Strip, draw
 from twinformer.parity.verdict import Rung
 
 _NO_ANSWER = "—"
+# problems of one rung that are shown before one asks for more
+_SHOWN = 12
 
 
 def as_html(report: Report) -> str:
@@ -197,7 +199,11 @@ def _findings(report: Report) -> str:
     for name, rung in {**report.rungs, **report.witnesses}.items():
         if not rung.problems and not rung.notes:
             continue
-        problems = "".join(f'<li class="{_class(rung.verdict)}">{escape(text)}</li>' for text in rung.problems)
+        problems = "".join(f'<li class="{_class(rung.verdict)}">{escape(text)}</li>' for text in rung.problems[:_SHOWN])
+        if len(rung.problems) > _SHOWN:
+            others = "".join(f"<li>{escape(text)}</li>" for text in rung.problems[_SHOWN:])
+            more = f"and {len(rung.problems) - _SHOWN} more"
+            problems += f"<li><details><summary>{more}</summary><ul>{others}</ul></details></li>"
         notes = "".join(f"<li>{escape(text)}</li>" for text in rung.notes)
         is_open = " open" if rung.problems else ""
         count = f"{len(rung.problems)} problems, {len(rung.notes)} notes"

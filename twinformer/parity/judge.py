@@ -39,7 +39,7 @@ def judge(
     """
     check_rungs(rungs)
     started = time.perf_counter()
-    needs_gradients = bool({"gradients", "precision", "compilation"} & set(rungs))
+    needs_gradients = bool({"gradients", "precision", "compilation", "optimizer"} & set(rungs))
     evidence = Evidence(case, twins, with_gradients=needs_gradients, progress=progress)
     report = Report(subject=case.name, description=describe(case.config), rungs={}, config=case.config.to_dict())
     for step in LADDER:
@@ -47,7 +47,12 @@ def judge(
             continue
         progress(f"rung {step.number}: {step.name}")
         began = time.perf_counter()
-        report.rungs[step.name] = step.check(evidence)
+        wrong = [name for name in ("forward", "gradients") if name in report.rungs and _differs(report.rungs[name])]
+        if step.name in ("precision", "rounding") and wrong:
+            reason = f"the twins differ in float64 ({', '.join(wrong)}): there is no truth to measure errors against"
+            report.rungs[step.name] = Rung("cannot tell", "", problems=[reason])
+        else:
+            report.rungs[step.name] = step.check(evidence)
         report.rungs[step.name].seconds = time.perf_counter() - began
         if step.name == "parameters" and _different_models(report.rungs[step.name]):
             report.notes.append("the twins hold different parameters: the rungs above were not run")
@@ -88,6 +93,10 @@ def describe(config: ModelConfig) -> str:
         f"{config.architecture}, {layers}, width {config.model_dim}, {heads}, {config.norm_placement}-{config.norm}, "
         f"{gate}{config.activation}, {config.positions} positions, {config.vocab_size:,} tokens"
     )
+
+
+def _differs(rung: Rung) -> bool:
+    return rung.verdict == "differ"
 
 
 def _different_models(parameters: Rung) -> bool:

@@ -26,8 +26,6 @@ _STYLES: dict[State, str] = {
     "alarm": "bold red",
     "error": "bold red",
 }
-# letters of a fault's description that are shown
-_WIDTH = 48
 _HEADINGS = {
     "parameters": "param",
     "forward": "forw",
@@ -35,6 +33,7 @@ _HEADINGS = {
     "stochastic": "drop",
     "rounding": "round",
     "precision": "prec",
+    REFUSAL: "refus",
 }
 _SHORT = {"torch_impl": "torch", "flax_impl": "flax"}
 
@@ -117,16 +116,16 @@ class MutationReport:
         }
 
     def __rich__(self) -> RenderableType:
-        table = Table(show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), expand=True)
         used = {climbed.rung for outcome in self.outcomes for climbed in outcome.rungs}
         rungs = [rung for rung in (REFUSAL, *(step.name for step in LADDER)) if rung in used]
-        for column in ("id", "twin", "fault", *rungs, "outcome", "culprit"):
-            is_rung = column in rungs
-            table.add_column(
-                _HEADINGS.get(column, column),
-                justify="right" if is_rung else "left",
-                no_wrap=column not in ("fault", "culprit"),
-            )
+        table.add_column("id", no_wrap=True)
+        table.add_column("twin", no_wrap=True)
+        table.add_column("fault", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12)
+        for rung in rungs:
+            table.add_column(_HEADINGS.get(rung, rung), justify="right", no_wrap=True)
+        table.add_column("outcome", no_wrap=True)
+        table.add_column("culprit", overflow="fold")
         for outcome in sorted(self.outcomes, key=_order):
             table.add_row(*_row(outcome, rungs))
         parts: list[RenderableType] = [table]
@@ -176,11 +175,10 @@ def _row(outcome: Outcome, rungs: Sequence[str]) -> tuple[RenderableType, ...]:
     culprit = {None: Text(""), True: Text("right", style="green"), False: Text("wrong", style="red")}[outcome.right]
     if outcome.right is False:
         culprit.append(f": {', '.join(outcome.culprits[:2]) or 'none'}")
-    fault = outcome.mechanism if len(outcome.mechanism) <= _WIDTH else outcome.mechanism[: _WIDTH - 1] + "…"
     return (
         outcome.id,
         _SHORT.get(outcome.twin, outcome.twin),
-        Text(fault),
+        Text(outcome.mechanism),
         *(_cell(climbed.get(rung)) for rung in rungs),
         Text(outcome.state, style=_STYLES[outcome.state]),
         culprit,

@@ -127,8 +127,10 @@ class TorchTwin:
     name = "torch_impl"
     on_cpu = True
 
-    def _model(self, case: Case) -> torch.nn.Module:
-        model: torch.nn.Module = torch_impl.build(case.config.replace(remat=False), seed=None)
+    def _model(self, case: Case, *, as_configured: bool = False) -> torch.nn.Module:
+        """Without remat, which hides modules from those who watch; ``as_configured``: with what the case says."""
+        config = case.config if as_configured else case.config.replace(remat=False)
+        model: torch.nn.Module = torch_impl.build(config, seed=None)
         torch_impl.load_weights(model, case.tensors, finite=case.finite)
         return model
 
@@ -241,7 +243,7 @@ class TorchTwin:
         return widened(_from_torch(torch_impl.Dropout(rate)(ones, torch_impl.random_key(seed))))
 
     def save(self, case: Case, directory: Path) -> None:
-        torch_impl.save(self._model(case), directory)
+        torch_impl.save(self._model(case, as_configured=True), directory)
 
     def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
         return torch_impl.export_weights(torch_impl.load(directory))
@@ -262,8 +264,9 @@ class FlaxTwin:
     def on_cpu(self) -> bool:
         return jax.default_backend() == "cpu"
 
-    def _model(self, case: Case) -> nnx.Module:
-        model = flax_impl.build(case.config.replace(remat=False), seed=None)
+    def _model(self, case: Case, *, as_configured: bool = False) -> nnx.Module:
+        """Without remat, under which nobody can watch; ``as_configured``: with what the case says."""
+        model = flax_impl.build(case.config if as_configured else case.config.replace(remat=False), seed=None)
         flax_impl.load_weights(model, case.tensors, finite=case.finite)
         return model
 
@@ -371,7 +374,7 @@ class FlaxTwin:
 
     def save(self, case: Case, directory: Path) -> None:
         with _x64(case):
-            model: Any = self._model(case)
+            model: Any = self._model(case, as_configured=True)
             flax_impl.save(model, directory)
 
     def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:

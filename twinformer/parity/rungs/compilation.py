@@ -11,6 +11,7 @@ from twinformer.parity.evidence import Evidence
 from twinformer.parity.modes import MODES, cpp_compiler, run_in_mode
 from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
 from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
+from twinformer.parity.rungs.stochastic import with_dropout
 from twinformer.parity.verdict import Rung, rung_of
 
 
@@ -21,16 +22,20 @@ def check(evidence: Evidence) -> Rung:
     problems: list[str] = []
     reasons: list[str] = []
     modes = 0
-    for twin, usual in zip(evidence.twins, evidence.runs("float64", gradients=True), strict=True):
-        scales = sibling_scales(usual.gradients)
+    for twin, plain in zip(evidence.twins, evidence.runs("float64", gradients=True), strict=True):
         for mode in MODES[twin.name]:
             if mode == "torch.compile" and cpp_compiler() is None:
                 reasons.append("torch.compile: expected a C++ compiler (g++, clang++ or CXX), got none")
                 continue
             modes += 1
             evidence.progress(f"{twin.name}: {mode}")
-            run = run_in_mode(twin, case, mode)
             label = f"{twin.name}, {mode}"
+            if mode == "remat":  # with dropout: a block that is computed again has to drop the same elements
+                noisy = with_dropout(case)
+                usual, run = twin.run(noisy, gradients=True, detail="blocks"), run_in_mode(twin, noisy, mode)
+            else:
+                usual, run = plain, run_in_mode(twin, case, mode)
+            scales = sibling_scales(usual.gradients)
             problems += [
                 f"{label}: {problem}"
                 for problem in set_problems("gradient of parameter", run.gradients, usual.gradients, (mode, "usual"))

@@ -33,6 +33,9 @@ def check(evidence: Evidence) -> Rung:
         blame(rung, evidence, backward=False, bound=BOUND)
     elif rung.verdict == "agree":
         _look_for_vacuous(rung, evidence)
+    window, length = evidence.case.config.window, torch_run.output.shape[1]
+    if window is not None and window >= length:
+        rung.notes.append(f"the window of {window} hides nothing from {length} tokens: it was not checked")
     return rung
 
 

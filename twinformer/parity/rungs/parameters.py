@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from twinformer.parameters import model_parameters
+from twinformer.parity.case import with_all_digits
 from twinformer.parity.compare import Comparison, compare, set_problems, widened
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.twins import in_pytorch_layout
@@ -19,7 +20,7 @@ def check(evidence: Evidence) -> Rung:
     own transpose cannot prove its layout: the rung then cannot tell, and says for which. The culprits are the modules
     that own the leaves which are wrong.
     """
-    case = evidence.case.in_dtype("float64")
+    case = with_all_digits(evidence.case.in_dtype("float64"))
     wanted = model_parameters(case.config)
     problems = set_problems("parameter", case.tensors, wanted, ("the weights given", "the contract"))
     comparisons: list[Comparison] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from twinformer.checkpoint import read_model
 from twinformer.config import DType
+from twinformer.parity.case import with_all_digits
 from twinformer.parity.compare import Comparison, compare, set_problems
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.verdict import Rung, rung_of
@@ -20,6 +21,8 @@ def check(evidence: Evidence) -> Rung:
     problems: list[str] = []
     for dtype in DTYPES:
         case = evidence.case.in_dtype(dtype)
+        if dtype == "float64":
+            case = with_all_digits(case)
         for saver in evidence.twins:
             evidence.progress(f"{saver.name}: saved and loaded in {dtype}")
             with tempfile.TemporaryDirectory() as scratch:

@@ -21,12 +21,13 @@ from twinformer.parity.verdict import Rung, rung_of
 
 # the key that both twins are given: two 32-bit words
 _KEY = (2026, 7)
-# tokens that are looked at: random numbers cost time, and no place of a mask is unlike the others
+# tokens that are looked at: random numbers cost time; one long mask is compared by itself
 _LENGTH = 48
 # the rates of a model that has none of its own
 _RATES = {"dropout": 0.1, "attention_dropout": 0.1, "hidden_dropout": 0.1}
 # batch, heads, queries, keys: what one mask of attention has to cover
 _SHAPE = (4, 6, 32, 32)
+_LONG, _LONG_SEED = 2**17 + 2**16 + 3, 2**40 + 7
 # by how many standard deviations a count may be off: once in 500 million draws
 _DEVIATIONS = 6.0
 
@@ -52,6 +53,7 @@ def check(evidence: Evidence) -> Rung:
     config = noisy.case.config
     rates = sorted({config.dropout, config.attention_dropout, config.hidden_dropout} - {0.0})
     counts = [found for twin in evidence.twins for rate in rates for found in _counts(twin, rate)]
+    counts.append(_long_mask(evidence.twins))
     checked = f"{len(outputs)} outputs, {len(pulled)} gradients, {len(counts)} counts"
     rung = rung_of(checked, [*outputs, *pulled, *counts], problems)
     if problems or not all(found.agrees for found in outputs):
@@ -85,6 +87,12 @@ def with_dropout(case: Case) -> Case:
     inputs = {name: values[:, -_LENGTH:] for name, values in case.inputs.items()}
     inputs["rng"] = np.array(_KEY, np.int64)
     return dataclasses.replace(case, config=config, inputs=inputs, cotangent=case.cotangent[:, -_LENGTH:])
+
+
+def _long_mask(twins: tuple[Twin, Twin]) -> Comparison:
+    """One mask longer than either twin draws in one go, under a seed that needs both words of a key."""
+    one, other = (twin.drop(0.5, (_LONG,), _LONG_SEED) for twin in twins)
+    return compare(f"one mask of {_LONG:,} elements", one, other, bound=1e-15)
 
 
 def _counts(twin: Twin, rate: float) -> list[Comparison]:

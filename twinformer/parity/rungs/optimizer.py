@@ -1,0 +1,74 @@
+"""Rung 5: the same gradients move the weights of both twins by the same vectors.
+
+What is compared is the update, the difference of two parameters, never the parameter: a step changes a weight by so
+little that an update twice as large, or none at all, would be lost in it. The gradients are those of the model, scaled
+from step to step by powers of ten, so that clipping is active in some steps and not in others and eps matters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from twinformer.initializers import stream
+from twinformer.learning import OptimizerConfig, ScheduleConfig
+from twinformer.parity.compare import Comparison, compare, set_problems
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.stepping import Leaves, steps
+from twinformer.parity.verdict import Rung, rung_of
+
+STEPS = 10
+# A parameter of size 1 that moves by a thousandth keeps 13 of 16 digits of its update.
+BOUND = 1e-10
+# powers of ten by which the gradients are scaled, step by step: the norm ends up on both sides of clip_norm
+_SCALES = (0, 1, -2, -1, 2, -4, 0, -8, 1, 0)
+CONFIGS = {
+    "adamw": OptimizerConfig(name="adamw", weight_decay=0.1, ema_decay=0.9),
+    "sgd": OptimizerConfig(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adafactor": OptimizerConfig(name="adafactor", weight_decay=0.1),
+}
+SCHEDULE = ScheduleConfig(name="cosine", peak=1e-2, warmup_steps=3, total_steps=STEPS, final_fraction=0.1)
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare the update of every parameter in every step, for each optimizer, in float64."""
+    run = evidence.runs("float64", gradients=True)[0]
+    case = evidence.case.in_dtype("float64")
+    gradients = [_gradients(run.gradients, step) for step in range(STEPS)]
+    rates = [SCHEDULE.learning_rate(step) for step in range(STEPS)]
+    first, second = (twin.name for twin in evidence.twins)
+    comparisons: list[Comparison] = []
+    problems: list[str] = []
+    for name, config in CONFIGS.items():
+        evidence.progress(f"{name}: {STEPS} steps")
+        one, other = (steps(twin, config, case.tensors, gradients, rates) for twin in (first, second))
+        for step in range(STEPS):
+            ours, theirs = (_updates(seen, step) for seen in (one, other))
+            label = f"{name}, step {step}"
+            problems += [f"{label}: {text}" for text in set_problems("update", ours, theirs, (first, second))]
+            comparisons += [
+                compare(f"update of {path} ({label})", update, theirs[path], bound=BOUND)
+                for path, update in ours.items()
+                if path in theirs
+            ]
+    checked = f"{len(CONFIGS)} optimizers, {STEPS} steps, {len(comparisons)} updates"
+    rung = rung_of(checked, comparisons, problems)
+    if rung.verdict == "differ":
+        wrong = [one.name.partition("(")[2].partition(",")[0] for one in comparisons if not one.agrees]
+        rung.culprits = list(dict.fromkeys(wrong))
+    return rung
+
+
+def _gradients(leaves: Leaves, step: int) -> Leaves:
+    """The model's gradients, each element changed at random from step to step, and all of them scaled.
+
+    An element that is zero stays so: a token that was not seen.
+    """
+    norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in leaves.values())) or 1.0
+    return {
+        path: leaf / norm * 10.0 ** _SCALES[step] * stream(step, f"optimizer/{path}").uniform(0.5, 1.5, leaf.shape)
+        for path, leaf in leaves.items()
+    }
+
+
+def _updates(seen: list[Leaves], step: int) -> Leaves:
+    return {path: leaf - seen[step][path] for path, leaf in seen[step + 1].items() if path in seen[step]}

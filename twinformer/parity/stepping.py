@@ -1,0 +1,56 @@
+"""Optimizer steps in both frameworks, behind one interface: NumPy in, NumPy out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import flax_impl
+import torch_impl
+from twinformer.learning import OptimizerConfig
+from twinformer.parity.compare import FloatArray
+
+Leaves = dict[str, FloatArray]
+
+
+def steps(
+    name: str, config: OptimizerConfig, parameters: Leaves, gradients: Sequence[Leaves], rates: Sequence[float]
+) -> list[Leaves]:
+    """The parameters before the first and after each step, in float64. ``name`` is that of the twin's package."""
+    run = {"torch_impl": _torch_steps, "flax_impl": _flax_steps}[name]
+    return run(config, parameters, gradients, rates)
+
+
+def _torch_steps(
+    config: OptimizerConfig, parameters: Leaves, gradients: Sequence[Leaves], rates: Sequence[float]
+) -> list[Leaves]:
+    optimizer = torch_impl.Optimizer(config)
+    held = {path: torch.from_numpy(np.array(leaf, np.float64)) for path, leaf in parameters.items()}
+    state = optimizer.init(held)
+    seen = [{path: leaf.numpy().copy() for path, leaf in held.items()}]
+    for leaves, rate in zip(gradients, rates, strict=True):
+        now = {path: torch.from_numpy(np.array(leaf)) for path, leaf in leaves.items()}
+        held, state = optimizer.update(held, now, state, rate)
+        seen.append({path: leaf.detach().numpy().copy() for path, leaf in held.items()})
+    return seen
+
+
+def _flax_steps(
+    config: OptimizerConfig, parameters: Leaves, gradients: Sequence[Leaves], rates: Sequence[float]
+) -> list[Leaves]:
+    with jax.enable_x64(True):
+        optimizer = flax_impl.Optimizer(config)
+        held: Any = {path: jnp.asarray(leaf, jnp.float64) for path, leaf in parameters.items()}
+        state: Any = optimizer.init(held)
+        update = jax.jit(optimizer.update)
+        seen = [{path: np.array(leaf) for path, leaf in held.items()}]
+        for leaves, rate in zip(gradients, rates, strict=True):
+            now = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+            held, state = update(held, now, state, rate)
+            seen.append({path: np.array(leaf) for path, leaf in held.items()})
+        return seen
