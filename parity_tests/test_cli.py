@@ -44,7 +44,7 @@ def test_agreement_is_exit_code_0_with_a_table_and_json(tmp_path):
     done = twinformer("parity", str(tmp_path / "model"), "--json", str(file), "--html", str(page))
     assert done.returncode == 0, done.stderr + done.stdout
     assert "verdict: agree" in done.stdout
-    assert "not run: rounding, compilation, optimizer" in done.stdout
+    assert "not run: rounding, compilation, training" in done.stdout
     report = json.loads(file.read_text())
     assert report["verdict"] == "agree"
     verdicts = {rung["name"]: rung["verdict"] for rung in report["rungs"]}

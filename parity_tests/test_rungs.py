@@ -1,4 +1,4 @@
-"""Rungs 1 (non-finite values), 4 and 9: agreement on right twins, and each seen to fail on a planted fault."""
+"""Rungs 1 (other calls, non-finite values), 4, 5, 9: right twins agree; each is seen to fail on planted faults."""
 
 import dataclasses
 
@@ -10,13 +10,59 @@ import torch_impl
 from parity_tests.helpers import shape_hook_off
 from twinformer.parity import judge, random_case
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs import compilation, nonfinite, optimizer, persistence
+from twinformer.parity.rungs import calls, compilation, forward, nonfinite, optimizer, persistence
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.presets import preset
 
 
 def small(name: str, **changes):
     return random_case(name, preset(name).replace(**changes), seed=3, length=12)
+
+
+# ---- other calls
+
+
+@pytest.mark.parametrize("name", ["textbook-encoder-decoder", "bert", "llama"])
+def test_other_calls_agree(name):
+    rung = calls.check(Evidence(small(name)))
+    assert rung.verdict == "agree", rung.problems
+    assert rung.checked.startswith("tokens only, positions given: ")
+
+
+def positions_from_one(monkeypatch):
+    """Counted from 1 where neither a mask nor positions are given."""
+    forward = torch_impl.Embeddings.forward
+
+    def wrong(self, tokens, positions=None, *arguments, **options):
+        if positions is None:
+            positions = torch.arange(tokens.shape[1])[None] + 1
+        return forward(self, tokens, positions, *arguments, **options)
+
+    monkeypatch.setattr(torch_impl.Embeddings, "forward", wrong)
+
+
+def positions_ignored(monkeypatch):
+    """Those of the caller, where there is a mask."""
+    forward = torch_impl.LanguageModel.forward
+
+    def wrong(self, tokens, *, padding_mask=None, positions=None, rng=None):
+        positions = positions if padding_mask is None else None
+        return forward(self, tokens, padding_mask=padding_mask, positions=positions, rng=rng)
+
+    monkeypatch.setattr(torch_impl.LanguageModel, "forward", wrong)
+
+
+@pytest.mark.parametrize(
+    ("plant", "call"), [(positions_from_one, "tokens only"), (positions_ignored, "positions given")]
+)
+def test_a_default_that_is_wrong_is_found(plant, call, monkeypatch):
+    plant(monkeypatch)
+    evidence = Evidence(small("gpt2", num_layers=1), with_gradients=True)
+    assert forward.check(evidence).verdict == "agree"
+    rung = calls.check(evidence)
+    assert rung.verdict == "differ"
+    assert all(f"({call})" in problem for problem in rung.problems)
+    assert rung.culprits
 
 
 # ---- NaN and infinities

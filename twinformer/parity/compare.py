@@ -227,6 +227,8 @@ def compare(
         difference = np.where(finite, np.abs(a - b), 0.0)
     worst = np.unravel_index(int(difference.argmax()), difference.shape)
     largest = float(difference[worst])
+    with np.errstate(over="ignore"):  # an infinite rms is what such a difference deserves
+        rms = float(np.sqrt(np.mean(difference[finite] ** 2)))
     if scale is None:
         scale = float(np.abs(b[finite]).max())
     return Comparison(
@@ -235,7 +237,7 @@ def compare(
         largest=largest,
         scale=scale,
         relative=relative_to(largest, scale),
-        relative_rms=relative_to(float(np.sqrt(np.mean(difference[finite] ** 2))), scale),
+        relative_rms=relative_to(rms, scale),
         worst=tuple(int(i) for i in worst),
         actual_at_worst=float(a[worst]),
         expected_at_worst=float(b[worst]),

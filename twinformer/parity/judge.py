@@ -47,7 +47,9 @@ def judge(
             continue
         progress(f"rung {step.number}: {step.name}")
         began = time.perf_counter()
-        wrong = [name for name in ("forward", "gradients") if name in report.rungs and _differs(report.rungs[name])]
+        wrong = [
+            name for name in ("forward", "calls", "gradients") if name in report.rungs and _differs(report.rungs[name])
+        ]
         if step.name in ("precision", "rounding") and wrong:
             reason = f"the twins differ in float64 ({', '.join(wrong)}): there is no truth to measure errors against"
             report.rungs[step.name] = Rung("cannot tell", "", problems=[reason])

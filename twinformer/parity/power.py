@@ -30,7 +30,7 @@ CHANGE = 1e-3
 # a tensor that moves by no more than this is not moved: it is a constant, or zero by mathematics (the bias of a key)
 STILL = 1e-11
 # runs with one weight changed; the first alone moves nearly everything that lies downstream of the embeddings
-_RUNS = 6
+_RUNS, _RUNS_IF_LARGE, _LARGE = 6, 3, 5_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,12 @@ def measure(evidence: Evidence, *, bound: float, gradients: bool) -> Power:
     moves = dict.fromkeys(still, 0.0)
     weights = {path: _a_weight(path, case, before) for path in case.tensors}
     runs = 0
+    limit = _RUNS if sum(tensor.size for tensor in case.tensors.values()) < _LARGE else _RUNS_IF_LARGE
     paths = list(weights)
     # the first moves what lies downstream of it, the last the output; the others are for what these two leave
     for path in [paths[0], *paths[:0:-1][:1], *paths[1:-1]]:
         place = weights[path]
-        if place is None or runs == _RUNS or not _could_move_more(path, moves):
+        if place is None or runs == limit or not _could_move_more(path, moves):
             continue
         runs += 1
         changed = with_change(case, {path: place})

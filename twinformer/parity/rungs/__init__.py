@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import (
+    calls,
     compilation,
     forward,
     gradients,
@@ -41,6 +42,7 @@ class Step:
 LADDER = (
     Step(0, "parameters", "the same leaves, each used once, layouts proved by values", parameters.check),
     Step(1, "forward", "every module's output in float64", forward.check),
+    Step(1, "calls", "the model called with tokens only, and with positions in no order", calls.check),
     Step(1, "nonfinite", "NaN and infinities: hidden in padding unseen, in sight at the same places", nonfinite.check),
     Step(2, "gradients", "every parameter's and every module output's gradient in float64", gradients.check),
     Step(2, "stochastic", "the same with dropout, under one key; rate, factor and independence", stochastic.check),

@@ -1,0 +1,78 @@
+"""Rung 1, continued: the other ways to call the same model.
+
+The case gives every optional input that it can. Here the model is called without any of them, which is the commonest
+call of all, and with positions of its own for every row, in no order: what is done by default is written down in other
+lines than what is done with what was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from twinformer.initializers import stream
+from twinformer.parity.case import Arrays, Case
+from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs import forward, gradients
+from twinformer.parity.verdict import Rung, rung_of
+
+# tokens of each call: defaults do not depend on length, and every call is compiled anew
+_LENGTH = 24
+_TOKENS = ("tokens", "source", "target")
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare outputs, blocks and every parameter's gradient for each call in float64."""
+    case = evidence.case.in_dtype("float64")
+    comparisons: list[Comparison] = []
+    problems: list[str] = []
+    culprits: list[str] = []
+    called = calls(case)
+    for what, call in called.items():
+        other = Evidence(call, evidence.twins, with_gradients=True, progress=evidence.progress)
+        ours, theirs = (twin.run(call, gradients=True, detail="blocks") for twin in evidence.twins)
+        sides = (evidence.twins[0].name, evidence.twins[1].name)
+        problems += [f"{what}: {text}" for text in set_problems("module", ours.modules, theirs.modules, sides)]
+        problems += [f"{what}: {text}" for text in set_problems("gradient", ours.gradients, theirs.gradients, sides)]
+        scales = sibling_scales(theirs.gradients)
+        found = [compare(f"output ({what})", ours.output, theirs.output, bound=forward.BOUND)]
+        found += [
+            compare(f"{path} ({what})", seen, theirs.modules[path], bound=forward.BOUND)
+            for path, seen in ours.modules.items()
+            if path in theirs.modules
+        ]
+        pulled = [
+            compare(
+                f"gradient of {path} ({what})", one, theirs.gradients[path], bound=gradients.BOUND, scale=scales[path]
+            )
+            for path, one in ours.gradients.items()
+            if path in theirs.gradients
+        ]
+        comparisons += [*found, *pulled]
+        if not all(one.agrees for one in (*found, *pulled)):
+            is_backward = all(one.agrees for one in found)
+            rung = rung_of(what, [*found, *pulled])
+            forward.blame(rung, other, backward=is_backward, bound=gradients.BOUND if is_backward else forward.BOUND)
+            culprits += rung.culprits
+    rung = rung_of(f"{', '.join(called)}: {len(comparisons)} tensors", comparisons, problems)
+    rung.culprits = list(dict.fromkeys(culprits))
+    return rung
+
+
+def calls(case: Case) -> dict[str, Case]:
+    """The case cut to its first tokens, with nothing but tokens, and with positions in no order."""
+    names = [name for name in _TOKENS if name in case.inputs]
+    plain: Arrays = {name: case.inputs[name][:, :_LENGTH] for name in names}
+    cotangent = case.cotangent[:, :_LENGTH]
+    short = dataclasses.replace(case, inputs=plain, cotangent=cotangent)
+    masks: Arrays = {name: value[:, -_LENGTH:] for name, value in case.inputs.items() if name.endswith("padding_mask")}
+    places: Arrays = {}
+    for name in names:
+        where = "positions" if name == "tokens" else f"{name}_positions"
+        rows = len(plain[name])
+        places[where] = stream(0, f"calls/{where}").integers(
+            0, case.config.context_length, (rows, plain[name].shape[1])
+        )
+    types = {name: value[:, :_LENGTH] for name, value in case.inputs.items() if name == "token_types"}
+    placed = dataclasses.replace(short, inputs=plain | masks | places | types)
+    return {"tokens only": short, "positions given": placed}
