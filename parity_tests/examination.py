@@ -48,7 +48,8 @@ class Prepared:
     def __init__(self, one: Run, other: Run, replays: dict[str, tuple[Replay, Replay]] | None = None) -> None:
         self._runs = one, other
         self._replays = replays or {path: (replay(path), replay(path)) for path in MODULES}
-        self.case = SimpleNamespace(in_dtype=lambda dtype: self.case, tensors={})
+        config = SimpleNamespace(window=None)
+        self.case = SimpleNamespace(in_dtype=lambda dtype: self.case, tensors={}, config=config)
         self.twins = self._twin(0), self._twin(1)
         self.notices = 1e-9
 

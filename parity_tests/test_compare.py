@@ -161,3 +161,8 @@ def test_the_worst_is_the_one_nearest_to_its_own_bound():
     assert worst_of([tight, loose]) is tight
     assert worst_of([tight, broken, loose]) is broken
     assert worst_of([]) is None
+
+
+def test_a_module_without_gradient_is_measured_against_the_model():
+    scales = sibling_scales({"a.weight": np.array([2.0]), "b.weight": np.array([1e-16]), "c.weight": np.array([1e-12])})
+    assert scales == {"a.weight": 2.0, "b.weight": 2.0, "c.weight": 1e-12}

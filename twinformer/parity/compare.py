@@ -19,6 +19,8 @@ FloatArray = npt.NDArray[np.float64]
 
 # how many noise floors apart two right programs may be: the floor is one draw of a random quantity, and so are they
 NOISE_MARGIN = 8.0
+# a gradient this much smaller than the model's largest is what rounding left of zero
+ROUNDING_NOISE = 1e-13
 # binary digits of the significand, the hidden one included
 DIGITS = {"float64": 53, "float32": 24, "bfloat16": 8}
 
@@ -285,14 +287,17 @@ def sibling_scales(gradients: Mapping[str, FloatArray]) -> dict[str, float]:
 
     A gradient can be zero by mathematics: the softmax does not see a constant added to all keys' scores, so
     the bias of the keys gets none. What is computed for it is the rounding noise of sums as large as those
-    behind the weight beside it; relative to itself that noise would look like an error of 100 %.
+    behind the weight beside it; relative to itself that noise would look like an error of 100 %. Where a whole module
+    has no more than ``ROUNDING_NOISE`` of the model's largest gradient, that largest is its scale: there is only noise.
     """
     largest: dict[str, float] = {}
     for path, gradient in gradients.items():
         owner = path.rpartition(".")[0]
         magnitude = np.abs(gradient[np.isfinite(gradient)]).max(initial=0.0)
         largest[owner] = max(largest.get(owner, 0.0), float(magnitude))
-    return {path: largest[path.rpartition(".")[0]] for path in gradients}
+    overall = max(largest.values(), default=0.0)
+    scales = {owner: size if size > ROUNDING_NOISE * overall else overall for owner, size in largest.items()}
+    return {path: scales[path.rpartition(".")[0]] for path in gradients}
 
 
 @dataclass(frozen=True)

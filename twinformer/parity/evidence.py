@@ -10,7 +10,7 @@ import numpy as np
 from twinformer.config import DType
 from twinformer.parity.case import Case
 from twinformer.parity.compare import FloatArray
-from twinformer.parity.noise import neighbour, reordered
+from twinformer.parity.noise import neighbour, nudged, reordered
 from twinformer.parity.power import Power, measure, tensors_of
 from twinformer.parity.twins import Detail, FlaxTwin, Precision, Run, TorchTwin, Twin
 
@@ -55,10 +55,9 @@ class Evidence:
     def noise(self, *, gradients: bool = False) -> list[tuple[Tensors, Tensors]]:
         """Each twin's tensors in float64 and once more in another order, by the names of ``tensors_of``.
 
-        With dropout there is nothing to compare: other positions would be dropped.
+        With dropout the order stays, for other positions would be dropped: then the weights alone are moved, by a
+        rounding.
         """
-        if "rng" in self.case.inputs:
-            return []
         return [
             (
                 tensors_of(self._run(twin, "float64", "float64", gradients, "highest")),
@@ -113,7 +112,9 @@ class Evidence:
         if variant == "neighbour":
             case = neighbour(case, draw)
         case = case.in_dtype(dtype)
-        if variant == "reordered":
+        if variant == "reordered" and "rng" in case.inputs:
+            run = twin.run(nudged(case), gradients=gradients, precision=precision, detail=detail)
+        elif variant == "reordered":
             other = reordered(case, last_place=dtype == "float64")
             run = other.restore(twin.run(other.case, gradients=gradients, precision=precision, detail=detail))
         else:

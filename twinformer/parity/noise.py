@@ -46,6 +46,12 @@ def neighbour(case: Case, draw: int) -> Case:
     return dataclasses.replace(case, tensors={path: moved(path, tensor) for path, tensor in case.tensors.items()})
 
 
+def nudged(case: Case) -> Case:
+    """The case with every weight moved by one rounding: for a case with a dropout key, whose order has to stay."""
+    tensors = {path: _nudged(tensor, stream(0, f"nudged/{path}")) for path, tensor in case.tensors.items()}
+    return dataclasses.replace(case, tensors=tensors)
+
+
 def reordered(case: Case, draw: int = 1, *, last_place: bool = False) -> Reordered:
     """The case in the ``draw``-th other order, the same for the same ``draw``.
 
