@@ -57,7 +57,7 @@ def test_a_right_port_passes_and_a_wrong_one_fails_with_its_culprit(pytester, pl
     assert "forward: culprit: 1 (Flax: layers.1)" in text
     assert "test_port.py::test_right: port: agree" in text
     assert "test_port.py::test_wrong: port: differ, culprit: 1 (Flax: layers.1)" in text
-    assert "not run in some or all: nonfinite" in text
+    assert "not run in some or all: calls, nonfinite" in text
     kept = {path.name: json.loads(path.read_text())["verdict"] for path in (pytester.path / "reports").iterdir()}
     assert kept == {
         "test_port.py_test_right-1.json": "agree",
