@@ -371,3 +371,17 @@ def _check_state(
 def _check_number(problems: Problems, name: str, value: Any, wanted: str, is_right: Callable[[Any], bool]) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     problems.expect(is_number and is_right(value), f"{name}: expected {wanted}, got {value!r}")
+
+
+def check_segments(
+    where: str, *, tokens: Any, segments: Any, padding_mask: Any = None, lowest: int | None = None
+) -> None:
+    """``segments [B, T]``: whole numbers, 0 for padding, another number for each document of a row."""
+    problems = Problems(where, InputError)
+    problems.expect(padding_mask is None, "padding_mask: expected None with segments (0 there is padding), got a mask")
+    shape = _shape(segments)
+    problems.expect(shape == _shape(tokens), f"segments: expected the shape of tokens {_shape(tokens)}, got {shape}")
+    kind = dtype_name(segments)
+    problems.expect(kind in INTEGERS, f"segments: expected whole numbers, got dtype {kind}")
+    problems.expect(lowest is None or lowest >= 0, f"segments: expected numbers from 0, got {lowest}")
+    problems.raise_if_any()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
+from twinformer.data.batch import Batch
 from twinformer.errors import ConfigError, Problems
 
 OptimizerName = Literal["adamw", "sgd", "adafactor"]
@@ -129,6 +131,134 @@ class ScheduleConfig:
         return min(1.0, max(0.0, (step - first) / (last - first)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): ``W + alpha / rank · B A``, of which A and B are trained.
+
+    ``targets``: names of linear layers (``query``, ``up`` …) whose weights have them.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        problems = Problems(type(self).__name__, ConfigError)
+        is_whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        problems.expect(is_whole and self.rank >= 1, f"rank: expected a whole number from 1, got {self.rank!r}")
+        _expect(problems, self, "alpha", "a positive number", lambda x: x > 0)
+        known = ("query", "key", "value", "output", "up", "gate", "down")
+        problems.expect(len(self.targets) > 0, f"targets: expected at least one of {', '.join(known)}, got none")
+        for target in self.targets:
+            problems.expect(target in known, f"targets: expected one of {', '.join(known)}, got {target!r}")
+        problems.raise_if_any()
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def adapts(self, path: str) -> bool:
+        """Whether the parameter of that path, if it is the weight of a linear layer, has an adapter."""
+        owner, _, leaf = path.rpartition(".")
+        return leaf == "weight" and owner.rpartition(".")[2] in self.targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained: one optimizer step after ``accumulation`` micro-batches, whose losses and gradients are
+    summed, then divided once by the number of targets in all of them.
+
+    ``seed`` is that of the dropout masks (and of the first weights, where none are given). ``dropout`` False trains
+    without dropout whatever the model's rates are.
+    """
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    accumulation: int = 1
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    dropout: bool = True
+    seed: int = 0
+    lora: LoraConfig | None = None
+
+    def __post_init__(self) -> None:
+        problems = Problems(type(self).__name__, ConfigError)
+        for name, least in (("accumulation", 1), ("seed", 0)):
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            problems.expect(is_whole and value >= least, f"{name}: expected a whole number from {least}, got {value!r}")
+        _expect(problems, self, "smoothing", "a number in [0, 1)", lambda x: 0 <= x < 1)
+        _expect(problems, self, "z_loss", "0 or a positive number", lambda x: x >= 0)
+        problems.raise_if_any()
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one optimizer step tells.
+
+    ``loss`` is the mean over ``count`` targets, smoothing and z-loss included; ``gradient_norm`` that of the mean's
+    gradient before clipping. Numbers, or arrays that become numbers by ``float()``: frameworks compute ahead, and
+    asking waits.
+    """
+
+    step: int
+    loss: Any
+    gradient_norm: Any
+    count: Any
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the targets of some batches, which add up.
+
+    ``total`` of the negative log-likelihood in nats, ``correct`` of targets that have the highest score (the lowest id
+    among equals).
+    """
+
+    total: float = 0.0
+    count: int = 0
+    correct: int = 0
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        return Evaluation(self.total + other.total, self.count + other.count, self.correct + other.correct)
+
+    @property
+    def loss(self) -> float:
+        """Nats per target; NaN where there is none."""
+        return self.total / self.count if self.count else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """The share of targets with the highest score; NaN where there is none."""
+        return self.correct / self.count if self.count else math.nan
+
+
+class Trainer(Protocol):
+    """What both twins' ``training.Trainer`` offer to a training run and to the judge.
+
+    State is the twin's own and plain: it goes in and comes out; nothing is kept in the trainer.
+    """
+
+    def init(self, tensors: Mapping[str, Any] | None = None) -> Any:
+        """The state before the first step, from weights by path, or from the config's initializer."""
+
+    def step(self, state: Any, batches: Sequence[Batch]) -> tuple[Any, Metrics]:
+        """One optimizer step over the micro-batches. The state that went in must not be used again."""
+
+    def evaluate(self, state: Any, batch: Batch) -> Evaluation:
+        """Without dropout, smoothing and z-loss; with the averaged weights where the optimizer keeps them."""
+
+    def export_state(self, state: Any) -> dict[str, Any]:
+        """All of it as NumPy arrays by name, in PyTorch's orientation, dtypes kept."""
+
+    def import_state(self, tensors: Mapping[str, Any]) -> Any:
+        """The state that ``export_state`` of either twin gave."""
+
+    def weights(self, state: Any) -> dict[str, Any]:
+        """The model's weights for a model directory: averaged where there is an average, adapters merged."""
+
+
 def _expect(
     problems: Problems, config: object, name: str, wanted: str, is_right: object, *, none: bool = False
 ) -> None:
@@ -144,6 +274,6 @@ def _expect_option(problems: Problems, config: object, name: str, options: tuple
     problems.expect(value in options, f"{name}: expected one of {', '.join(options)}, got {value!r}")
 
 
-def to_dict(config: OptimizerConfig | ScheduleConfig) -> dict[str, object]:
+def to_dict(config: OptimizerConfig | ScheduleConfig | LoraConfig | TrainingConfig) -> dict[str, object]:
     """Every field by name, as plain JSON values."""
     return dataclasses.asdict(config)
