@@ -110,6 +110,36 @@ class BeamConfig:
         return 1.0
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What was written. ``tokens [B, M]`` (after a row's end: the pad id), M the longest.
+
+    ``lengths [B]`` counts what stopped it. ``finished [B]``: ended by a stop token or sequence, not for lack of room. ``logprobs [B, M]``: the model's
+    log-probability of each token, 0 after the end.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    finished: npt.NDArray[np.bool_]
+    logprobs: npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Beams:
+    """The n best hypotheses of each row, best first.
+
+    ``tokens [B, n, M]``, ``lengths [B, n]`` (the stop token counted, 0 where there is no such hypothesis),
+    ``scores [B, n]`` (sum over length factor, ``-inf`` where there is none), ``logprobs [B, n]`` the sums,
+    ``finished [B, n]``.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.floating[Any]]
+    logprobs: npt.NDArray[np.floating[Any]]
+    finished: npt.NDArray[np.bool_]
+
+
 def minimum_bayes_risk(
     candidates: Sequence[Any],
     utility: Callable[[Any, Any], float],
