@@ -114,8 +114,8 @@ class BeamConfig:
 class Generated:
     """What was written. ``tokens [B, M]`` (after a row's end: the pad id), M the longest.
 
-    ``lengths [B]`` counts what stopped it. ``finished [B]``: ended by a stop token or sequence, not for lack of room. ``logprobs [B, M]``: the model's
-    log-probability of each token, 0 after the end.
+    ``lengths [B]`` counts what stopped it. ``finished [B]``: ended by a stop token or sequence, not for lack of room.
+    ``logprobs [B, M]``: the model's log-probability of each token, 0 after the end.
     """
 
     tokens: npt.NDArray[np.int64]
