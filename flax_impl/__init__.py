@@ -8,14 +8,17 @@ One letter for each dimension, in every signature of this package and of its twi
     K  key_dim, per head            J  value_dim       N  context_length
 
 Reading order: dropout, linear, masks, positions, norms, feedforward, attention, block, stack, embeddings,
-models, weights; losses, optimizers.
+models, weights; losses, optimizers; cache, sampling, generation, beam.
 """
 
 from flax_impl.attention import AttentionLayer, attend
+from flax_impl.beam import beam_search
 from flax_impl.block import Block
+from flax_impl.cache import init_cache, reorder_cache, reset_cache
 from flax_impl.dropout import Dropout, fold, philox, random_key, random_words
 from flax_impl.embeddings import Embeddings, TokenEmbedding, unembed
 from flax_impl.feedforward import FeedForward, activate
+from flax_impl.generation import Generator, score
 from flax_impl.linear import Linear
 from flax_impl.losses import cross_entropy, mean_loss, next_tokens
 from flax_impl.masks import (
@@ -24,6 +27,8 @@ from flax_impl.masks import (
     padding_mask,
     positions_from,
     quarantine,
+    segment_mask,
+    segment_positions,
     window_mask,
 )
 from flax_impl.models import EncoderDecoder, EncoderModel, LanguageModel, build, compiled
@@ -37,6 +42,18 @@ from flax_impl.positions import (
     alibi_bias,
     alibi_slopes,
 )
+from flax_impl.sampling import (
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    draw,
+    greedy,
+    processors,
+    sequence_keys,
+    uniforms,
+)
 from flax_impl.stack import TransformerStack
 from flax_impl.weights import export_weights, initialize, load, load_weights, save
 
@@ -48,29 +65,39 @@ __all__ = [
     "EncoderDecoder",
     "EncoderModel",
     "FeedForward",
+    "Generator",
     "LanguageModel",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
+    "MinP",
     "Optimizer",
     "PositionalEncoding",
     "RMSNorm",
     "RelativeBias",
+    "RepetitionPenalty",
     "RotaryEncoding",
+    "Temperature",
     "TokenEmbedding",
+    "TopK",
+    "TopP",
     "TransformerStack",
     "activate",
     "alibi_bias",
     "alibi_slopes",
     "attend",
+    "beam_search",
     "build",
     "causal_mask",
     "clip",
     "compiled",
     "cross_entropy",
+    "draw",
     "export_weights",
     "fold",
     "global_norm",
+    "greedy",
+    "init_cache",
     "initialize",
     "load",
     "load_weights",
@@ -82,10 +109,18 @@ __all__ = [
     "padding_mask",
     "philox",
     "positions_from",
+    "processors",
     "quarantine",
     "random_key",
     "random_words",
+    "reorder_cache",
+    "reset_cache",
     "save",
+    "score",
+    "segment_mask",
+    "segment_positions",
+    "sequence_keys",
     "unembed",
+    "uniforms",
     "window_mask",
 ]

@@ -1,14 +1,15 @@
 """One block of the residual stream: attention, (attention to the encoder,) feed-forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from flax_impl.attention import AttentionLayer, Mask
+from flax_impl.cache import _Places
 from flax_impl.dropout import Dropout, Key, fold_all
 from flax_impl.feedforward import FeedForward
 from flax_impl.linear import check_dtypes
@@ -94,6 +95,33 @@ class Block(nnx.Module):
                 rngs[3],
             )
         return self._branch(X, self.feedforward_norm, lambda X: self.feedforward(X, rng=rngs[4]), rngs[5])
+
+    def _step(
+        self,
+        X: Float[Array, "B T D"],
+        kept: Mapping[str, Array],
+        places: _Places,
+        memory: Mapping[str, Array] | None = None,
+        memory_allowed: Bool[Array, "B 1 1 S"] | None = None,
+        *,
+        bias: Float[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """The same for T further positions, with the buffers of this block, which come back with what is new."""
+        written: dict[str, Array] = {}
+
+        def attention(X: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            new, seen = places.keep(kept, *self.attention.remember(X, positions=places.positions))
+            written.update(new)
+            return self.attention.recall(X, *seen, positions=places.positions, bias=bias, allowed=places.allowed)
+
+        X = self._branch(X, self.attention_norm, attention, None)
+        if (cross := self.cross_attention) is not None and self.cross_attention_norm is not None:
+            assert memory is not None
+            seen = (memory["keys"], memory["values"], memory["broken"])
+            X = self._branch(
+                X, self.cross_attention_norm, lambda X: cross.recall(X, *seen, allowed=memory_allowed), None
+            )
+        return self._branch(X, self.feedforward_norm, self.feedforward, None), written
 
     def _branch(
         self,

@@ -1,5 +1,6 @@
 """From token ids to vectors, and from vectors back to a score for every token."""
 
+import math
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
@@ -150,13 +151,41 @@ def unembed(
 
     Source: book, "The language modeling head"; tied: Press & Wolf 2017, arXiv:1608.05859.
     """
+    h = _scaled(h, scale)
+    E = jnp.asarray(E, h.dtype)
+    # E hᵀ reads a table as it lies: for one row several times faster on a CPU than h Eᵀ, which is the same product
+    logits = matmul(E, h.reshape(-1)).reshape(*h.shape[:-1], -1) if _is_one_row(h) else matmul(h, E.T)
+    return _finished(logits, bias, softcap)
+
+
+def _unembed_row(
+    h: Float[Array, "1 1 D"],
+    kernel: Float[Array, "D V"],
+    *,
+    scale: float | None = None,
+    bias: Float[Array, " V"] | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "1 1 V"]:
+    """``unembed`` of one row by a head's own matrix, which lies the other way round than a table."""
+    h = _scaled(h, scale)
+    return _finished(matmul(h, jnp.asarray(kernel, h.dtype)), bias, softcap)
+
+
+def _is_one_row(h: Float[Array, "*n D"]) -> bool:
+    return math.prod(h.shape[:-1]) == 1
+
+
+def _scaled(h: Float[Array | np.ndarray, "*n D"], scale: float | None) -> Float[Array, "*n D"]:
     h = jnp.asarray(h)
-    if scale is not None:
-        h = h * jnp.asarray(scale, h.dtype)
-    logits = matmul(h, jnp.asarray(E, h.dtype).T)
+    return h if scale is None else h * jnp.asarray(scale, h.dtype)
+
+
+def _finished(
+    logits: Float[Array, "*n V"], bias: Float[Array | np.ndarray, " V"] | None, softcap: float | None
+) -> Float[Array, "*n V"]:
     if bias is not None:
-        logits = logits + jnp.asarray(bias, h.dtype)
+        logits = logits + jnp.asarray(bias, logits.dtype)
     if softcap is not None:
-        capped = softcap * jnp.tanh(logits.astype(wide_dtype(h.dtype)) / softcap)
-        logits = capped.astype(h.dtype)
+        capped = softcap * jnp.tanh(logits.astype(wide_dtype(logits.dtype)) / softcap)
+        logits = capped.astype(logits.dtype)
     return logits

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 
 def causal_mask(T: int, S: int, *, window: int | None = None) -> Bool[Array, "{T} {S}"]:
@@ -35,6 +35,24 @@ def padding_mask(real: Bool[Array | np.ndarray, "B S"]) -> Bool[Array, "B 1 1 S"
 def positions_from(real: Bool[Array | np.ndarray, "B T"]) -> Int[Array, "B T"]:
     """Positions counted over real tokens, ``max(cumsum(real) - 1, 0)``: padding does not move a sentence."""
     return jnp.maximum(jnp.cumsum(jnp.asarray(real), axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def segment_mask(segments: Integer[Array | np.ndarray, "B T"]) -> Bool[Array, "B 1 T T"]:
+    """Several documents in one row: a query sees the keys of its own number. 0 is padding: nothing sees it, and it sees
+    nothing.
+    """
+    segments = jnp.asarray(segments)
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same & (segments != 0)[:, None, :])[:, None]
+
+
+def segment_positions(segments: Integer[Array | np.ndarray, "B T"]) -> Int[Array, "B T"]:
+    """Positions within each run of equal numbers, from 0; padding, number 0, has 0."""
+    segments = jnp.asarray(segments)
+    begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    first = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    return jnp.where(segments == 0, 0, index - first)
 
 
 def masked_softmax(

@@ -1,7 +1,7 @@
 """Whole models: an encoder, a language model (decoder only), an encoder with a decoder."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -12,15 +12,17 @@ from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from flax_impl import masks
+from flax_impl.cache import Cache, _is_ring, _open_cache
 from flax_impl.dropout import Key, fold_all
-from flax_impl.embeddings import Embeddings, Ids, unembed
-from flax_impl.linear import Outline, bounds, check_dtypes
+from flax_impl.embeddings import Embeddings, Ids, _is_one_row, _unembed_row, unembed
+from flax_impl.linear import Outline, bounds, check_dtypes, check_ids, extremes
 from flax_impl.positions import Positions
 from flax_impl.stack import TransformerStack
 from flax_impl.weights import initialize
-from twinformer.checks import check_activations, check_tokens
+from twinformer.checks import check_activations, check_segments, check_tokens
 from twinformer.config import Architecture, DType, ModelConfig
-from twinformer.errors import ConfigError, Problems
+from twinformer.decoding import check_step
+from twinformer.errors import ConfigError, InputError, Problems
 
 Real = Bool[Array | np.ndarray, "B T"]
 SourceIds = Integer[Array | np.ndarray, "B S"]
@@ -44,7 +46,8 @@ class EncoderModel(nnx.Module):
     """Every position sees every real token: ``tokens [B, T]`` to hidden states ``[B, T, D]``, or logits with a head.
 
     ``padding_mask [B, T]``, True = real token, hides padded keys; positions are counted over real tokens unless given.
-    Raises ConfigError for another architecture, InputError.
+    ``segments [B, T]`` instead of it: several documents in a row, a number each, 0 for padding. Each sees only itself
+    and counts its positions from 0. Raises ConfigError for another architecture, InputError.
 
     Source: book, "Masked language models".
     """
@@ -65,10 +68,11 @@ class EncoderModel(nnx.Module):
         padding_mask: Real | None = None,
         positions: Positions | None = None,
         token_types: Ids | None = None,
+        segments: Ids | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "B T out"]:
-        self._check(tokens, padding_mask=padding_mask, positions=positions, token_types=token_types)
-        mask, positions = _places(padding_mask, positions)
+        self._check(tokens, padding_mask=padding_mask, positions=positions, token_types=token_types, segments=segments)
+        mask, positions = _places(padding_mask, positions, segments)
         rngs = fold_all(rng, 2)
         X = self.embedding(tokens, positions, token_types, rng=rngs[0])
         h = self.stack(X, mask=mask, positions=positions, rng=rngs[1])
@@ -81,16 +85,19 @@ class EncoderModel(nnx.Module):
         padding_mask: Any = None,
         positions: Any = None,
         token_types: Any = None,
+        segments: Any = None,
         rng: Any = None,
     ) -> None:
         del rng
         _check_ids(self.config, "EncoderModel", "tokens", tokens, padding_mask, positions, token_types)
+        _check_documents("EncoderModel", tokens, segments, padding_mask)
 
 
 class LanguageModel(nnx.Module):
     """Every position sees itself and what came before: ``tokens [B, T]`` to logits ``[B, T, V]`` of the next token.
 
-    ``padding_mask`` and positions as in ``EncoderModel``. Raises ConfigError for another architecture, InputError.
+    ``padding_mask``, positions and ``segments`` as in ``EncoderModel``. Raises ConfigError for another architecture,
+    InputError.
 
     Source: book, "The language modeling head".
     """
@@ -110,18 +117,52 @@ class LanguageModel(nnx.Module):
         *,
         padding_mask: Real | None = None,
         positions: Positions | None = None,
+        segments: Ids | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "B T V"]:
-        self._check(tokens, padding_mask=padding_mask, positions=positions)
-        mask, positions = _places(padding_mask, positions)
+        self._check(tokens, padding_mask=padding_mask, positions=positions, segments=segments)
+        mask, positions = _places(padding_mask, positions, segments)
         rngs = fold_all(rng, 2)
         X = self.embedding(tokens, positions, rng=rngs[0])
         h = self.stack(X, mask=mask, positions=positions, rng=rngs[1])
         return _logits(h, self.embedding, self.head, self.config)
 
-    def _check(self, tokens: Any, *, padding_mask: Any = None, positions: Any = None, rng: Any = None) -> None:
+    def step(
+        self,
+        tokens: Ids,
+        cache: Mapping[str, Any],
+        *,
+        padding_mask: Real | None = None,
+        positions: Positions | None = None,
+        at: Integer[Array | np.ndarray, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T_or_1 V"], Cache]:
+        """``T >= 1`` further tokens: their logits, as a call with the whole sequence gives them, and the new cache.
+
+        Positions are counted over real tokens from what the cache has counted, unless given. With ``at`` only the
+        logits of one place of each row. No dropout. Raises InputError; where values cannot be seen, positions for which
+        the cache has no room have NaN.
+        """
+        _check_step(self.config, "LanguageModel", "tokens", tokens, cache, padding_mask, positions, at)
+        logits, new = self._step(tokens, cache, padding_mask, positions, at)
+        return _with_room(self.config, logits, tokens, cache), new
+
+    def _step(
+        self, tokens: Ids, cache: Mapping[str, Any], real: Any, positions: Any, at: Any, *, fresh: bool = False
+    ) -> tuple[Float[Array, "B T_or_1 V"], Cache]:
+        return _step(self.stack, self.embedding, self.embedding, self.head, tokens, cache, real, positions, at, fresh)
+
+    def _check(
+        self,
+        tokens: Any,
+        *,
+        padding_mask: Any = None,
+        positions: Any = None,
+        segments: Any = None,
+        rng: Any = None,
+    ) -> None:
         del rng
         _check_ids(self.config, "LanguageModel", "tokens", tokens, padding_mask, positions)
+        _check_documents("LanguageModel", tokens, segments, padding_mask)
 
 
 class EncoderDecoder(nnx.Module):
@@ -214,6 +255,26 @@ class EncoderDecoder(nnx.Module):
         h = self.decoder(X, H_enc, mask, memory_mask, positions=positions, rng=rngs[3])
         return _logits(h, owner, self.head, self.config)
 
+    def step(
+        self,
+        target: Ids,
+        cache: Mapping[str, Any],
+        *,
+        target_padding_mask: Real | None = None,
+        target_positions: Positions | None = None,
+        at: Integer[Array | np.ndarray, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T_or_1 V"], Cache]:
+        """As ``LanguageModel.step``, with the memory that the cache holds of the encoder."""
+        _check_step(self.config, "EncoderDecoder", "target", target, cache, target_padding_mask, target_positions, at)
+        logits, new = self._step(target, cache, target_padding_mask, target_positions, at)
+        return _with_room(self.config, logits, target, cache), new
+
+    def _step(
+        self, target: Ids, cache: Mapping[str, Any], real: Any, positions: Any, at: Any, *, fresh: bool = False
+    ) -> tuple[Float[Array, "B T_or_1 V"], Cache]:
+        owner = self.source_embedding if self.config.share_embeddings else self.target_embedding
+        return _step(self.decoder, self.target_embedding, owner, self.head, target, cache, real, positions, at, fresh)
+
     def _check(
         self,
         source: Any,
@@ -291,16 +352,103 @@ def _table(embedding: Embeddings) -> Float[Array, "V D"]:
 def _logits(
     h: Float[Array, "B T D"], tied: Embeddings, head: Head | None, config: ModelConfig
 ) -> Float[Array, "B T V"]:
-    E = _table(tied) if head is None or head.kernel is None else head.kernel[...].T
     bias = None if head is None or head.bias is None else head.bias[...]
-    return unembed(h, E, scale=config.head_scale, bias=bias, softcap=config.head_softcap)
+    choices: dict[str, Any] = {"scale": config.head_scale, "bias": bias, "softcap": config.head_softcap}
+    if head is None or head.kernel is None:
+        return unembed(h, _table(tied), **choices)
+    kernel = head.kernel[...]
+    return _unembed_row(h, kernel, **choices) if _is_one_row(h) else unembed(h, kernel.T, **choices)
 
 
-def _places(real: Real | None, positions: Positions | None) -> tuple[Bool[Array, "B 1 1 T"] | None, Positions | None]:
-    """The mask over padded keys, and the positions: those given, else counted over real tokens."""
+def _places(
+    real: Real | None, positions: Positions | None, segments: Ids | None = None
+) -> tuple[Bool[Array, "B 1 T_or_1 T"] | None, Positions | None]:
+    """The mask over padded keys or between documents, and the positions: those given, else counted."""
+    if segments is not None:
+        return masks.segment_mask(segments), masks.segment_positions(segments) if positions is None else positions
     if real is None:
         return None, positions
     return masks.padding_mask(real), masks.positions_from(real) if positions is None else positions
+
+
+def _step(
+    stack: TransformerStack,
+    embedding: Embeddings,
+    owner: Embeddings,
+    head: Head | None,
+    tokens: Ids,
+    cache: Mapping[str, Any],
+    real: Real | None,
+    positions: Positions | None,
+    at: Integer[Array | np.ndarray, " B"] | None,
+    fresh: bool,
+) -> tuple[Float[Array, "B T_or_1 V"], Cache]:
+    """T further positions through embedding, stack and head. ``owner`` has the table; ``fresh``: the cache is empty."""
+    config, shape = embedding.config, tuple(tokens.shape)
+    real = jnp.ones(shape, bool) if real is None else jnp.asarray(real)
+    if positions is None:
+        positions = jnp.maximum(cache["counted"][:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    positions = jnp.broadcast_to(jnp.asarray(positions).astype(jnp.int32), shape)
+    places, opened = _open_cache(cache, real, positions, window=config.window, fresh=fresh)
+    X = embedding(tokens, positions, table=None if owner is embedding else _table(owner))
+    h, blocks = stack._step(X, opened, places)
+    if at is not None:
+        where = jnp.asarray(at).astype(jnp.int32)[:, None, None]
+        good = (where >= 0) & (where < shape[1])
+        h = jnp.where(good, jnp.take_along_axis(h, jnp.where(good, where, 0), axis=1), jnp.nan)
+    return _logits(h, owner, head, config), {**opened, "blocks": blocks}
+
+
+def _with_room(
+    config: ModelConfig, logits: Float[Array, "B T_or_1 V"], tokens: Ids, cache: Mapping[str, Any]
+) -> Float[Array, "B T_or_1 V"]:
+    """The logits; NaN where the step was traced and the cache was too full for it."""
+    step = cache["step"]
+    if not isinstance(step, jax.core.Tracer):
+        return logits
+    fits = step + tokens.shape[1] <= _room(config, cache)
+    return jnp.where(fits, logits, jnp.nan)
+
+
+def _room(config: ModelConfig, cache: Mapping[str, Any]) -> int:
+    """How many positions a cache can see: as many as it has slots, or with a ring as the context has."""
+    slots: int = cache["real"].shape[1]
+    return config.context_length if _is_ring(config.window, slots) else slots
+
+
+def _check_step(
+    config: ModelConfig,
+    where: str,
+    name: str,
+    tokens: Any,
+    cache: Mapping[str, Any],
+    padding_mask: Any,
+    positions: Any,
+    at: Any,
+) -> None:
+    _check_ids(config, where, name, tokens, padding_mask, positions)
+    slots, step = cache["real"].shape[1], cache["step"]
+    check_step(
+        where,
+        tokens=tokens,
+        batch=cache["real"].shape[0],
+        # a step that is too long for an empty cache is too long at any time
+        step=0 if isinstance(step, jax.core.Tracer) else int(step),
+        slots=None if _is_ring(config.window, slots) else slots,
+        context_length=config.context_length,
+    )
+    if at is not None:
+        problems = Problems(where, InputError)
+        B = tokens.shape[0]
+        problems.expect(tuple(at.shape) == (B,), f"at: expected shape [B] = {(B,)}, got {tuple(at.shape)}")
+        problems.raise_if_any()
+        check_ids(where, "at", at, tokens.shape[1])
+
+
+def _check_documents(where: str, tokens: Any, segments: Any, padding_mask: Any) -> None:
+    if segments is not None:
+        lowest, _ = extremes(segments)
+        check_segments(where, tokens=tokens, segments=segments, padding_mask=padding_mask, lowest=lowest)
 
 
 def _check_ids(

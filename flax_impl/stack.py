@@ -1,5 +1,6 @@
 """A stack of blocks over one residual stream."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -12,8 +13,10 @@ from jaxtyping import Float
 
 from flax_impl.attention import Mask
 from flax_impl.block import Block
+from flax_impl.cache import _Places
 from flax_impl.dropout import Key, fold_all
 from flax_impl.linear import check_dtypes
+from flax_impl.masks import padding_mask
 from flax_impl.norms import make_norm
 from flax_impl.positions import Positions, RelativeBias, alibi_bias
 from flax_impl.weights import initialize
@@ -130,22 +133,44 @@ class TransformerStack(nnx.Module):
         )
         X = jnp.asarray(X, self.config.compute_dtype)
         positions = jnp.arange(X.shape[1])[None] if positions is None else jnp.asarray(positions)
-        bias = self._bias(positions, bias)
+        bias = self._bias(positions, positions, bias)
         run = _rematerialised if self.config.remat else _plain
         for block, key in zip(self.blocks, fold_all(rng, len(self.blocks)), strict=True):
             X = run(block, X, H_enc, mask, memory_mask, positions, bias, key)
         return X if self.final_norm is None else self.final_norm(X)
 
+    def _step(
+        self, X: Float[Array, "B T D"], cache: Mapping[str, Any], places: _Places
+    ) -> tuple[Float[Array, "B T D"], dict[int, dict[str, Array]]]:
+        """The same for T further positions: what the cache holds is seen, and the blocks' buffers come back."""
+        bias = self._bias(places.positions, places.key_positions)
+        memory, memory_allowed = {}, None
+        if self.takes_memory:
+            memory, memory_allowed = cache["memory"]["blocks"], padding_mask(cache["memory"]["real"])
+        kept: dict[int, dict[str, Array]] = {}
+        for i, block in enumerate(self.blocks):
+            X, kept[i] = block._step(X, cache["blocks"][i], places, memory.get(i), memory_allowed, bias=bias)
+        return X if self.final_norm is None else self.final_norm(X), kept
+
+    def _memories(self, H_enc: Float[Array | np.ndarray, "B S D"]) -> dict[int, dict[str, Array]]:
+        """What every block's cross-attention remembers of the encoder's states."""
+        kept: dict[int, dict[str, Array]] = {}
+        for i, block in enumerate(self.blocks):
+            assert block.cross_attention is not None
+            keys, values, broken = block.cross_attention.remember(H_enc)
+            kept[i] = {"keys": keys, "values": values, "broken": broken}
+        return kept
+
     def _bias(
-        self, positions: Positions, bias: Float[Array | np.ndarray, "..."] | None
-    ) -> Float[Array | np.ndarray, "..."] | None:
-        """The bias of the positions, wide, plus that of the caller."""
+        self, query: Positions, key: Positions, bias: Float[Array | np.ndarray, "..."] | None = None
+    ) -> Float[Array, "..."] | None:
+        """The bias of the positions of queries and keys, wide, plus that of the caller."""
         if self.relative_bias is not None:
-            own = self.relative_bias(positions, positions)
+            own = self.relative_bias(query, key)
         elif self.config.positions == "alibi":
-            own = alibi_bias(self.config.num_heads, positions, positions, compute_dtype=self.config.compute_dtype)
+            own = alibi_bias(self.config.num_heads, query, key, compute_dtype=self.config.compute_dtype)
         else:
-            return bias
+            return None if bias is None else jnp.asarray(bias)
         return own if bias is None else own + jnp.asarray(bias, own.dtype)
 
 

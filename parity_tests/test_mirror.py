@@ -82,7 +82,8 @@ def test_same_files():
 CONTRACT = {
     "dropout": "random_key fold random_words Dropout",
     "linear": "Linear",
-    "masks": "causal_mask window_mask padding_mask positions_from masked_softmax quarantine",
+    "masks": "causal_mask window_mask padding_mask positions_from segment_mask segment_positions masked_softmax "
+    "quarantine",
     "positions": "PositionalEncoding LearnedPositions RotaryEncoding RelativeBias alibi_slopes alibi_bias",
     "norms": "LayerNorm RMSNorm make_norm make_head_norm",
     "attention": "AttentionLayer attend",
@@ -94,6 +95,12 @@ CONTRACT = {
     "weights": "load_weights export_weights initialize load save",
     "losses": "cross_entropy mean_loss next_tokens",
     "optimizers": "Optimizer clip global_norm",
+    "training": "Trainer",
+    "lora": "init_adapters merge",
+    "cache": "init_cache reset_cache reorder_cache",
+    "sampling": "RepetitionPenalty Temperature TopK TopP MinP processors greedy draw sequence_keys uniforms",
+    "generation": "Generator score",
+    "beam": "beam_search",
 }
 
 

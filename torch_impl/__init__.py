@@ -1,8 +1,9 @@
 """The transformer of twinformer in PyTorch.
 
-Read the files in this order: dropout, linear, masks, positions, norms, feedforward, attention, block, stack,
-embeddings, models, weights, losses, optimizers. Each states the equations that it computes; the book is Jurafsky &
-Martin, *Speech and Language Processing*, 3rd edition draft, chapters "Transformers" and "Machine Translation".
+Read the files in this order: dropout, linear, masks, positions, norms, feedforward, attention, cache, block, stack,
+embeddings, models, weights, losses, optimizers, sampling, generation, beam. Each states the equations that it
+computes; the book is Jurafsky & Martin, *Speech and Language Processing*, 3rd edition draft, chapters "Transformers"
+and "Machine Translation".
 
 One letter for each dimension, in signatures and in the code:
 
@@ -19,13 +20,25 @@ and their weighted sums; P the position encodings; E an embedding table; W and b
 """
 
 from torch_impl.attention import AttentionLayer, attend
+from torch_impl.beam import beam_search
 from torch_impl.block import Block
+from torch_impl.cache import init_cache, reorder_cache, reset_cache
 from torch_impl.dropout import Dropout, fold, philox, random_key, random_words
 from torch_impl.embeddings import Embeddings, TokenEmbedding, unembed
 from torch_impl.feedforward import FeedForward, activate
+from torch_impl.generation import Generator, score
 from torch_impl.linear import Linear
 from torch_impl.losses import cross_entropy, mean_loss, next_tokens
-from torch_impl.masks import causal_mask, masked_softmax, padding_mask, positions_from, quarantine, window_mask
+from torch_impl.masks import (
+    causal_mask,
+    masked_softmax,
+    padding_mask,
+    positions_from,
+    quarantine,
+    segment_mask,
+    segment_positions,
+    window_mask,
+)
 from torch_impl.models import EncoderDecoder, EncoderModel, LanguageModel, build, compiled
 from torch_impl.norms import LayerNorm, RMSNorm, make_head_norm, make_norm
 from torch_impl.optimizers import Optimizer, clip, global_norm
@@ -36,6 +49,18 @@ from torch_impl.positions import (
     RotaryEncoding,
     alibi_bias,
     alibi_slopes,
+)
+from torch_impl.sampling import (
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    draw,
+    greedy,
+    processors,
+    sequence_keys,
+    uniforms,
 )
 from torch_impl.stack import TransformerStack
 from torch_impl.weights import export_weights, initialize, load, load_weights, save
@@ -48,29 +73,39 @@ __all__ = [
     "EncoderDecoder",
     "EncoderModel",
     "FeedForward",
+    "Generator",
     "LanguageModel",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
+    "MinP",
     "Optimizer",
     "PositionalEncoding",
     "RMSNorm",
     "RelativeBias",
+    "RepetitionPenalty",
     "RotaryEncoding",
+    "Temperature",
     "TokenEmbedding",
+    "TopK",
+    "TopP",
     "TransformerStack",
     "activate",
     "alibi_bias",
     "alibi_slopes",
     "attend",
+    "beam_search",
     "build",
     "causal_mask",
     "clip",
     "compiled",
     "cross_entropy",
+    "draw",
     "export_weights",
     "fold",
     "global_norm",
+    "greedy",
+    "init_cache",
     "initialize",
     "load",
     "load_weights",
@@ -82,10 +117,18 @@ __all__ = [
     "padding_mask",
     "philox",
     "positions_from",
+    "processors",
     "quarantine",
     "random_key",
     "random_words",
+    "reorder_cache",
+    "reset_cache",
     "save",
+    "score",
+    "segment_mask",
+    "segment_positions",
+    "sequence_keys",
     "unembed",
+    "uniforms",
     "window_mask",
 ]

@@ -62,6 +62,8 @@ class AttentionLayer(nn.Module):
     to contributes exactly nothing to it, forward and backward, whatever it holds; a query that may attend to a row that
     is not finite, or that is one itself, gives NaN.
 
+    The two halves of it, ``remember`` and ``recall``, are what decoding step by step is made of.
+
     Raises InputError for wrong shapes or dtypes.
     """
 
@@ -146,28 +148,63 @@ class AttentionLayer(nn.Module):
                 bias=bias,
             )
         wide = wide_dtype(self.compute_dtype)
-        X, broken_query = quarantine(X.to(self.compute_dtype))
         if H_enc is None:
-            M, broken = X, broken_query
+            if self.rotary is not None and positions is None:
+                positions = torch.arange(X.shape[1], device=X.device)[None]
             allowed, bias = self._self_attention_masks(X, mask, bias, wide)
+            K, V, broken = self.remember(X, positions=positions)
         else:
-            M, broken = quarantine(H_enc.to(self.compute_dtype))
             allowed, bias = masks.split_mask(memory_mask, wide)
+            positions = None
+            K, V, broken = self.remember(H_enc)
+        return self.recall(X, K, V, broken, positions=positions, bias=bias, allowed=allowed, rng=rng)
 
+    def remember(
+        self, M: Float[Tensor, "B S D"], *, positions: Integer[Tensor, "#B S"] | None = None
+    ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S J"], Bool[Tensor, "B S"]]:
+        """Keys and values of M as a cache keeps them, after norm and rotation, and the rows that are not finite.
+
+        With ``positions`` the keys are turned, where the layer turns any; for cross-attention there are none.
+        """
+        if not torch.compiler.is_compiling():
+            check_activations("AttentionLayer", X=M, model_dim=self.model_dim, positions=positions)
+        M, broken = _spared(M.to(self.compute_dtype))
         # a finite row can still overflow in a product, and must not spread either
-        Q, overflow_query = quarantine(self.query(X))
-        K, overflow_key = quarantine(self.key(M))
-        V, overflow_value = quarantine(self.value(M))
-        Q, K, V = self._heads(Q, self.num_heads), self._heads(K, self.num_kv_heads), self._heads(V, self.num_kv_heads)
-        if self.query_norm is not None:
-            Q = self.query_norm(Q)
+        K, broken_key = quarantine(self.key(M))
+        V, broken_value = quarantine(self.value(M))
+        K, V = self._heads(K, self.num_kv_heads), self._heads(V, self.num_kv_heads)
         if self.key_norm is not None:
             K = self.key_norm(K)
-        if self.rotary is not None and H_enc is None:
-            if positions is None:
-                positions = torch.arange(X.shape[1], device=X.device)[None]
-            Q, K = self.rotary(Q, positions), self.rotary(K, positions)
+        if self.rotary is not None and positions is not None:
+            K = self.rotary(K, positions)
+        return K, V, _either(broken, broken_key | broken_value)
 
+    def recall(
+        self,
+        X: Float[Tensor, "B T D"],
+        K: Float[Tensor, "B G S K"],
+        V: Float[Tensor, "B G S J"],
+        broken: Bool[Tensor, "B S"],
+        *,
+        positions: Integer[Tensor, "#B T"] | None = None,
+        bias: Float[Tensor, "..."] | None = None,
+        allowed: Bool[Tensor, "..."] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attention of the queries of X to keys and values that ``remember`` gave.
+
+        ``allowed`` (None: everything) and ``bias`` broadcast to ``[B, A, T, S]``; ``positions`` are those of X, where
+        its queries are to be turned.
+        """
+        if not torch.compiler.is_compiling():
+            check_activations("AttentionLayer", X=X, model_dim=self.model_dim, positions=positions)
+        X, lost = _spared(X.to(self.compute_dtype))
+        Q, broken_query = quarantine(self.query(X))
+        Q = self._heads(Q, self.num_heads)
+        if self.query_norm is not None:
+            Q = self.query_norm(Q)
+        if self.rotary is not None and positions is not None:
+            Q = self.rotary(Q, positions)
         Z = attend(
             Q,
             K,
@@ -180,7 +217,7 @@ class AttentionLayer(nn.Module):
             rng=rng,
         )
         Y: Tensor = self.output(Z.transpose(1, 2).flatten(2))
-        lost = broken_query | overflow_query | masks.exposed(broken | overflow_key | overflow_value, allowed)
+        lost = _either(lost, broken_query | masks.exposed(broken, allowed))
         return Y.masked_fill(lost[..., None], torch.nan)
 
     def _heads(self, rows: Float[Tensor, "B S AK"], heads: int) -> Float[Tensor, "B A S K"]:
@@ -199,3 +236,15 @@ class AttentionLayer(nn.Module):
         if bias is not None:
             added = bias.to(wide) if added is None else bias.to(wide) + added
         return allowed, added
+
+
+def _spared(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"] | None]:
+    """``quarantine`` where there are gradients: ``dW = Xᵀ dY`` sums over rows, and 0 · NaN would be in it.
+
+    Without gradients a row meets no other before the scores, and what is made of a row that is not finite shows it.
+    """
+    return quarantine(X) if torch.is_grad_enabled() else (X, None)
+
+
+def _either(one: Bool[Tensor, "B T"] | None, other: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    return other if one is None else one | other

@@ -1,9 +1,12 @@
 """A transformer block: attention, cross-attention where there is an encoder, feed-forward, each beside the residual."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from torch_impl import cache as caches
 from torch_impl.attention import AttentionLayer
 from torch_impl.dropout import Dropout, Key, places
 from torch_impl.feedforward import FeedForward
@@ -60,7 +63,7 @@ class Block(nn.Module):
         bias: Float[Tensor, "..."] | None = None,
         rng: Key | None = None,
     ) -> Float[Tensor, "B T D"]:
-        crossing = self.cross_attention is not None
+        crossing = self.cross_attention
         if not torch.compiler.is_compiling():
             check_activations(
                 "Block",
@@ -72,18 +75,57 @@ class Block(nn.Module):
                 num_heads=self.config.num_heads,
                 positions=positions,
                 bias=bias,
-                needs_memory=crossing,
-                takes_memory=crossing,
+                needs_memory=crossing is not None,
+                takes_memory=crossing is not None,
             )
         X = X.to(DTYPES[self.config.compute_dtype])
         key = places(rng, 6)
+        return self._branches(
+            X,
+            lambda Y: self.attention(Y, None, mask, positions=positions, bias=bias, rng=key[0]),
+            None if crossing is None else lambda Y: crossing(Y, H_enc, memory_mask=memory_mask, rng=key[2]),
+            key,
+        )
 
-        Y = self.attention(self._before(self.attention_norm, X), None, mask, positions=positions, bias=bias, rng=key[0])
+    def _step(
+        self,
+        X: Float[Tensor, "B T D"],
+        kept: Mapping[str, Tensor],
+        memory: Mapping[str, Tensor] | None,
+        step: caches._Step,
+        bias: Float[Tensor, "..."] | None,
+    ) -> Float[Tensor, "B T D"]:
+        """The block on T further positions: what came before is in ``kept``, the source in ``memory``."""
+        crossing = self.cross_attention
+        return self._branches(
+            X,
+            lambda Y: self.attention.recall(
+                Y,
+                *caches._keep(kept, step, *self.attention.remember(Y, positions=step.positions)),
+                positions=step.positions,
+                bias=bias,
+                allowed=step.allowed,
+            ),
+            None
+            if crossing is None or memory is None
+            else lambda Y: crossing.recall(
+                Y, memory["keys"], memory["values"], memory["broken"], allowed=step.memory_allowed
+            ),
+            places(None, 6),
+        )
+
+    def _branches(
+        self,
+        X: Float[Tensor, "B T D"],
+        attend: Callable[[Tensor], Tensor],
+        cross: Callable[[Tensor], Tensor] | None,
+        key: Sequence[Key | None],
+    ) -> Float[Tensor, "B T D"]:
+        """The three branches, one after the other."""
+        Y = attend(self._before(self.attention_norm, X))
         X = self._after(self.attention_norm, X + self.dropout(Y, key[1]))
-        if self.cross_attention is not None and self.cross_attention_norm is not None:
-            Y = self.cross_attention(
-                self._before(self.cross_attention_norm, X), H_enc, memory_mask=memory_mask, rng=key[2]
-            )
+        if cross is not None and self.cross_attention_norm is not None:
+            Y = cross(self._before(self.cross_attention_norm, X))
             X = self._after(self.cross_attention_norm, X + self.dropout(Y, key[3]))
         Y = self.feedforward(self._before(self.feedforward_norm, X), rng=key[4])
         return self._after(self.feedforward_norm, X + self.dropout(Y, key[5]))

@@ -18,6 +18,7 @@ MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 PIECE = 2**14  # counters worked on at a time on a CPU
+FEW = 16  # so many counters are faster one by one on a CPU, as plain numbers
 
 Key = Int64[Tensor, "2"]  # two words; it may lie on the host while what it is for lies elsewhere
 
@@ -111,6 +112,26 @@ def _random_words(key: Tensor, shape: list[int], device: torch.device) -> Tensor
 @_random_words.register_fake
 def _(key: Tensor, shape: list[int], device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device=device)
+
+
+def philox_rows(keys: Int64[Tensor, "#R 2"], numbers: Int64[Tensor, " R"], place: int) -> Int64[Tensor, "R 2"]:
+    """Words 0 and 1 of ``philox((number, 0, 0, place), key)`` for each row; one key may serve all numbers."""
+    words: Tensor = _philox_rows(keys, numbers, place)
+    return words
+
+
+@torch.library.custom_op("twinformer::philox_rows", mutates_args=())
+def _philox_rows(keys: Tensor, numbers: Tensor, place: int) -> Tensor:
+    if keys.device.type == "cpu" and len(numbers) <= FEW:
+        rows = zip(keys.expand(len(numbers), 2).tolist(), numbers.tolist(), strict=True)
+        words = [philox((number, 0, 0, place), key)[:2] for key, number in rows]
+        return torch.tensor(words, dtype=torch.int64).reshape(-1, 2)
+    return torch.stack(_tensors(philox((numbers, 0, 0, place), keys.unbind(-1))[:2]), -1)
+
+
+@_philox_rows.register_fake
+def _(keys: Tensor, numbers: Tensor, place: int) -> Tensor:
+    return keys.new_empty(len(numbers), 2)
 
 
 def _tensors(words: tuple[int | Tensor, ...]) -> list[Tensor]:

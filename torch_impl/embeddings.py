@@ -113,6 +113,18 @@ class Embeddings(nn.Module):
                 positions=positions,
                 token_types=token_types,
             )
+        return self._embed(tokens, positions, token_types, table=table, rng=rng)
+
+    def _embed(
+        self,
+        tokens: Integer[Tensor, "B T"],
+        positions: Integer[Tensor, "#B T"] | None = None,
+        token_types: Integer[Tensor, "B T"] | None = None,
+        *,
+        table: Float[Tensor, "V D"] | None = None,
+        rng: Key | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """``forward``, unchecked."""
         if table is not None:
             X = look_up(table, tokens, self.compute_dtype)
         else:

@@ -5,7 +5,7 @@ broadcast to ``[B, A, T, S]``.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]
@@ -42,6 +42,24 @@ def positions_from(real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (real.cumsum(-1) - 1).clamp(min=0)
 
 
+def segment_mask(segments: Integer[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """Keys of the query's own document, for rows that hold several: one number each, in ``segments``.
+
+    0 is padding, which sees nothing and which nothing sees.
+    """
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same & (segments != 0)[:, :, None])[:, None]
+
+
+def segment_positions(segments: Integer[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Positions that begin anew, from 0, with each run of equal numbers; padding (0) has 0."""
+    place = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = place.masked_fill(~first, 0).cummax(-1).values  # of the run that a place is in
+    return (place - start).masked_fill(segments == 0, 0)
+
+
 def split_mask(mask: Mask | None, wide: torch.dtype) -> tuple[Bool[Tensor, "..."] | None, Float[Tensor, "..."] | None]:
     """A mask of either kind as (what may be attended to, what is added to the scores in the wide dtype)."""
     if mask is None or mask.dtype == torch.bool:
@@ -65,11 +83,12 @@ def masked_softmax(
     Forbidden keys are filled in before the softmax, so that their scores do not matter, and once more after it, so
     that their gradients do not: 0 · NaN and 0 · inf would otherwise spread to the whole row.
     """
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
+    hidden = None if allowed is None else ~allowed
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
     empty = scores.detach().amax(-1, keepdim=True) == -torch.inf
     weights = scores.masked_fill(empty, 0.0).softmax(-1)
-    return weights.masked_fill(empty if allowed is None else empty | ~allowed, 0.0)
+    return weights.masked_fill(empty if hidden is None else empty | hidden, 0.0)
 
 
 def quarantine(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
@@ -78,7 +97,8 @@ def quarantine(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[
     A hidden key contributes ``0 · value`` to a sum, and that is NaN where the value is NaN or infinite. With such rows
     taken out, nothing can spread from them, forward or backward; ``exposed`` says who must see them all the same.
     """
-    broken = ~X.isfinite().all(-1)
+    there = X.detach()
+    broken = (there - there).sum(-1).isnan()  # a number less itself is 0, or NaN where it is not finite
     return X.masked_fill(broken[..., None], 0.0), broken
 
 
@@ -86,4 +106,4 @@ def exposed(broken: Bool[Tensor, "B S"], allowed: Bool[Tensor, "..."] | None) ->
     """Queries that may attend, in any head, to a broken key."""
     if allowed is None:
         return broken.any(-1, keepdim=True)
-    return (allowed & padding_mask(broken)).any(-1).any(1)  # [B, A or 1, T or 1, S] -> [B, T or 1]
+    return (allowed & padding_mask(broken)).any((1, 3))  # [B, A or 1, T or 1, S] -> [B, T or 1]

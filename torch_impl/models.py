@@ -9,13 +9,16 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from torch_impl import cache as caches
 from torch_impl import masks
+from torch_impl.cache import Cache
 from torch_impl.dropout import Key, places
 from torch_impl.embeddings import Embeddings, check_ids, unembed
 from torch_impl.linear import DTYPES, new_parameter
+from torch_impl.positions import extremes
 from torch_impl.stack import TransformerStack
 from torch_impl.weights import initialize
-from twinformer.checks import dtype_name
+from twinformer.checks import check_segments, dtype_name
 from twinformer.config import Architecture, ModelConfig
 from twinformer.errors import ConfigError, InputError, Problems
 
@@ -52,10 +55,9 @@ class _Model(nn.Module):
         self.head = Head(self.config) if owns else None
         initialize(self, seed, config=self.config)
 
-    def _logits(self, h: Tensor, table: Tensor | None) -> Tensor:
+    def _logits(self, h: Tensor, table: Tensor) -> Tensor:
         config = self.config
         E = table if self.head is None or self.head.weight is None else self.head.weight
-        assert E is not None
         bias = None if self.head is None else self.head.bias
         return unembed(h, E, scale=config.head_scale, bias=bias, softcap=config.head_softcap)
 
@@ -80,10 +82,15 @@ class _OneStack(_Model):
         padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
         token_types: Tensor | None = None,
+        segments: Tensor | None = None,
         rng: Tensor | None = None,
     ) -> None:
+        name = type(self).__name__
+        if segments is not None:
+            lowest, _ = extremes(segments)
+            check_segments(name, tokens=tokens, segments=segments, padding_mask=padding_mask, lowest=lowest)
         check_ids(
-            type(self).__name__,
+            name,
             self.config,
             tokens,
             vocab_size=self.config.vocab_size,
@@ -93,27 +100,39 @@ class _OneStack(_Model):
         )
 
     def _run(
-        self, tokens: Tensor, real: Tensor | None, positions: Tensor | None, types: Tensor | None, rng: Tensor | None
+        self,
+        tokens: Tensor,
+        real: Tensor | None,
+        positions: Tensor | None,
+        types: Tensor | None,
+        segments: Tensor | None,
+        rng: Tensor | None,
     ) -> Tensor:
         key = places(rng, 2)
         mask = None
         if real is not None:
             mask = masks.padding_mask(real)
             positions = masks.positions_from(real) if positions is None else positions
+        elif segments is not None:
+            mask = masks.segment_mask(segments)
+            positions = masks.segment_positions(segments) if positions is None else positions
         X = self.embedding(tokens, positions, types, rng=key[0])
         h: Tensor = self.stack(X, mask=mask, positions=positions, rng=key[1])
-        if self.config.head == "none":
-            return h
-        tokens_of_embedding = self.embedding.tokens
-        return self._logits(h, None if tokens_of_embedding is None else tokens_of_embedding.weight)
+        return h if self.config.head == "none" else self._logits(h, self._table)
+
+    @property
+    def _table(self) -> Tensor:
+        assert self.embedding.tokens is not None
+        return self.embedding.tokens.weight
 
 
 class EncoderModel(_OneStack):
     """Every token sees every other (book, chapter "Masked Language Models"): hidden states, or logits with a head.
 
     ``padding_mask`` is True at real tokens: padded keys are hidden, and positions are counted over real tokens unless
-    they are given. Raises ConfigError for a config of another architecture, InputError for wrong shapes, dtypes and
-    ids; inside ``torch.compile``, where ids cannot be seen, an id out of range gives NaN.
+    they are given. ``segments`` says which of several documents in a row a token belongs to (0: padding): it sees its
+    own only, and positions count from 0 in each. Raises ConfigError for a config of another architecture, InputError
+    for wrong shapes, dtypes and ids; inside ``torch.compile``, where ids cannot be seen, an id out of range gives NaN.
     """
 
     architecture = "encoder"
@@ -125,17 +144,20 @@ class EncoderModel(_OneStack):
         padding_mask: Bool[Tensor, "B T"] | None = None,
         positions: Integer[Tensor, "#B T"] | None = None,
         token_types: Integer[Tensor, "B T"] | None = None,
+        segments: Integer[Tensor, "B T"] | None = None,
         rng: Key | None = None,
     ) -> Float[Tensor, "B T DV"]:
         if not torch.compiler.is_compiling():
-            self._check(tokens, padding_mask=padding_mask, positions=positions, token_types=token_types)
-        return self._run(tokens, padding_mask, positions, token_types, rng)
+            self._check(
+                tokens, padding_mask=padding_mask, positions=positions, token_types=token_types, segments=segments
+            )
+        return self._run(tokens, padding_mask, positions, token_types, segments, rng)
 
 
 class LanguageModel(_OneStack):
     """Each token sees itself and those before it (book, chapter "Transformers"): logits of the next token.
 
-    ``padding_mask`` and errors as in ``EncoderModel``.
+    ``padding_mask``, ``segments`` and errors as in ``EncoderModel``. ``step`` takes a sequence in parts.
     """
 
     architecture = "decoder"
@@ -146,18 +168,49 @@ class LanguageModel(_OneStack):
         *,
         padding_mask: Bool[Tensor, "B T"] | None = None,
         positions: Integer[Tensor, "#B T"] | None = None,
+        segments: Integer[Tensor, "B T"] | None = None,
         rng: Key | None = None,
     ) -> Float[Tensor, "B T V"]:
         if not torch.compiler.is_compiling():
+            self._check(tokens, padding_mask=padding_mask, positions=positions, segments=segments)
+        return self._run(tokens, padding_mask, positions, None, segments, rng)
+
+    def step(
+        self,
+        tokens: Integer[Tensor, "B T"],
+        cache: Cache,
+        *,
+        padding_mask: Bool[Tensor, "B T"] | None = None,
+        positions: Integer[Tensor, "#B T"] | None = None,
+        at: Integer[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B P V"], Cache]:
+        """Logits for T further positions of the sequences in the cache (``init_cache``), which takes them in.
+
+        Any cut of a sequence into steps gives what one call of the model gives. With ``at`` logits of one place of each
+        row, ``[B, 1, V]``. The cache is changed in place and given back; nothing is recorded for gradients. Raises
+        InputError where the cache has no room.
+        """
+        end = None
+        if not torch.compiler.is_compiling():
             self._check(tokens, padding_mask=padding_mask, positions=positions)
-        return self._run(tokens, padding_mask, positions, None, rng)
+            end = caches._check("LanguageModel", self.config, cache, tokens, at)
+        with torch.no_grad():
+            h = self._step(tokens, cache, padding_mask, positions, end)
+            return self._logits(_pick(h, at), self._table), cache
+
+    def _step(
+        self, tokens: Tensor, cache: Cache, real: Tensor | None, positions: Tensor | None, end: int | None
+    ) -> Tensor:
+        step = caches._begin(cache, self.config, tokens.shape[1], real, positions, end)
+        X = self.embedding._embed(tokens, step.positions, table=self._table)
+        return self.stack._step(X, cache, step)
 
 
 class EncoderDecoder(_Model):
     """An encoder reads the source; a decoder sees it, itself and what it has written.
 
-    Book, chapter "Machine Translation". Called as a whole, or in two parts: ``encode``, then ``decode``. Masks and
-    errors as in ``EncoderModel``.
+    Book, chapter "Machine Translation". Called as a whole, or in two parts: ``encode``, then ``decode``, or
+    ``step`` after step. Masks and errors as in ``EncoderModel``.
     """
 
     architecture = "encoder-decoder"
@@ -233,13 +286,42 @@ class EncoderDecoder(_Model):
             if target_positions is None:
                 target_positions = masks.positions_from(target_padding_mask)
         memory_mask = None if memory_padding_mask is None else masks.padding_mask(memory_padding_mask)
-        owner = self.source_embedding if self.config.share_embeddings else self.target_embedding
-        assert owner.tokens is not None
-        table = owner.tokens.weight
-        shared = table if self.config.share_embeddings else None
+        shared = self._table if self.config.share_embeddings else None
         X = self.target_embedding(target, target_positions, table=shared, rng=key[2])
         h = self.decoder(X, H_enc, mask, memory_mask, positions=target_positions, rng=key[3])
-        return self._logits(h, table)
+        return self._logits(h, self._table)
+
+    def step(
+        self,
+        target: Integer[Tensor, "B T"],
+        cache: Cache,
+        *,
+        target_padding_mask: Bool[Tensor, "B T"] | None = None,
+        target_positions: Integer[Tensor, "#B T"] | None = None,
+        at: Integer[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B P V"], Cache]:
+        """Logits for T further positions of the target, as ``LanguageModel.step``; the source is in the cache."""
+        end = None
+        if not torch.compiler.is_compiling():
+            self._check_target(target, target_padding_mask, target_positions)
+            end = caches._check("EncoderDecoder", self.config, cache, target, at)
+        with torch.no_grad():
+            h = self._step(target, cache, target_padding_mask, target_positions, end)
+            return self._logits(_pick(h, at), self._table), cache
+
+    def _step(
+        self, target: Tensor, cache: Cache, real: Tensor | None, positions: Tensor | None, end: int | None
+    ) -> Tensor:
+        step = caches._begin(cache, self.config, target.shape[1], real, positions, end)
+        X = self.target_embedding._embed(target, step.positions, table=self._table)
+        return self.decoder._step(X, cache, step)
+
+    @property
+    def _table(self) -> Tensor:
+        """The rows of the target's tokens, which are the source's when both share."""
+        owner = self.source_embedding if self.config.share_embeddings else self.target_embedding
+        assert owner.tokens is not None
+        return owner.tokens.weight
 
     def _check(
         self,
@@ -276,6 +358,15 @@ class EncoderDecoder(_Model):
             padding_mask=padding_mask,
             positions=positions,
         )
+
+
+def _pick(h: Float[Tensor, "B T D"], at: Integer[Tensor, " B"] | None) -> Float[Tensor, "B P D"]:
+    """One place of each row, ``[B, 1, D]``; a place that is not there gives NaN. Without ``at`` all."""
+    if at is None:
+        return h
+    at = at.long()[:, None, None]
+    absent = (at < 0) | (at >= h.shape[1])
+    return h.take_along_dim(at.clamp(0, h.shape[1] - 1), 1).masked_fill(absent, torch.nan)
 
 
 def _check_memory_padding(mask: Tensor | None, H_enc: Tensor) -> None:

@@ -21,6 +21,7 @@ from twinformer.learning import OptimizerConfig
 Tensors = dict[str, Float[Tensor, "..."]]
 Layout = dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]]
 
+PIECE = 2**16  # elements of a gradient whose squares are summed at a time on a CPU
 FUSED = ("cpu", "cuda", "xpu")  # where torch has AdamW and SGD as one kernel
 
 
@@ -65,17 +66,42 @@ class Optimizer:
         Clips first when the config has ``clip_norm``. Raises one InputError with every path that is missing, too
         many or of another kind, on any side; nothing is changed then.
         """
+        self._check(parameters, gradients, state, lr)
+        return self._advance(parameters, gradients, state, lr)
+
+    def _check(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        lr: float,
+    ) -> None:
         wanted = {
             name: {path: (shape, str(kind).removeprefix("torch.")) for path, (shape, kind) in leaves.items()}
             for name, leaves in self._layout(parameters).items()
         }
         check_update("Optimizer.update", parameters=parameters, gradients=gradients, state=state, wanted=wanted, lr=lr)
+
+    @torch.no_grad()
+    def _advance(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        lr: float,
+        norm: Tensor | None = None,
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """``update`` without its checks. Wide gradients whose ``norm`` is given are clipped in place."""
         paths = sorted(parameters)
         master = state.get("master", {})
         w: Tensors = {path: master.get(path, parameters[path]) for path in paths}
         g: Tensors = {path: gradients[path].to(w[path].dtype) for path in paths}
         if self.config.clip_norm is not None:
-            g, _ = clip(g, self.config.clip_norm)
+            factor = _clip_factor(_norm(g) if norm is None else norm, self.config.clip_norm)
+            # the host need not wait for a device; where there is none to wait for, a pass is saved
+            if factor.device.type != "cpu" or factor != 1:
+                scale = Tensor.mul if norm is None else Tensor.mul_
+                g = {path: scale(leaf, factor.to(leaf.device)) for path, leaf in g.items()}
         step: Callable[..., None] = {"adamw": self._adamw, "sgd": self._sgd, "adafactor": self._adafactor}[
             self.config.name
         ]
@@ -126,7 +152,10 @@ class Optimizer:
             fused = _can_fuse(weights, grads, means, squares)
             # torch counts the step itself, in a tensor for each parameter, which lies with it for the fused kernel
             places = [leaf.device if fused else torch.device("cpu") for leaf in weights]
-            steps = [torch.tensor(float(state["step"]), device=place) for place in places]
+            counters = {
+                place: iter(torch.full((len(places),), float(state["step"]), device=place)) for place in {*places}
+            }
+            steps = [next(counters[place]) for place in places]
             adamw(
                 weights,
                 grads,
@@ -213,9 +242,13 @@ def clip(gradients: Mapping[str, Float[Tensor, "..."]], max_norm: float) -> tupl
     """
     check_leaves("clip", "gradients", gradients, max_norm=max_norm)
     norm = _norm(gradients)
-    # on the device: the host need not wait for the norm. A NaN is not above, so it is named
-    factor = torch.where(norm > max_norm, max_norm / norm, 1.0).masked_fill(~norm.isfinite(), torch.nan)
+    factor = _clip_factor(norm, max_norm)
     return {path: (g.to(wide_dtype(g.dtype)) * factor.to(g.device)).to(g.dtype) for path, g in gradients.items()}, norm
+
+
+def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """``max_norm / norm`` where the norm is above, else 1; NaN for a norm that is not finite. On the norm's device."""
+    return torch.where(norm > max_norm, max_norm / norm, 1.0).masked_fill(~norm.isfinite(), torch.nan)
 
 
 def _norm(gradients: Mapping[str, Tensor]) -> Tensor:
@@ -223,8 +256,18 @@ def _norm(gradients: Mapping[str, Tensor]) -> Tensor:
     wide = torch.float64 if any(dtype_name(g) == "float64" for g in ordered) else torch.float32
     total = torch.zeros((), dtype=wide, device=ordered[0].device if ordered else None)
     for g in ordered:
-        total = total + g.to(wide).square().sum().to(total.device)
+        total = total + _sum_of_squares(g.to(wide)).to(total.device)
     return total.sqrt()
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    if x.device.type != "cpu":
+        return x.square().sum()
+    flat = x.reshape(-1)
+    if len(flat) <= PIECE:
+        return flat.dot(flat)
+    # without a copy of x, and in pieces, whose sums have less rounding than one long sum
+    return torch.stack([piece.dot(piece) for piece in flat.split(PIECE)]).sum()
 
 
 def _rms(x: Tensor) -> Tensor:

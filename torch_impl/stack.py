@@ -8,6 +8,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from torch_impl import cache as caches
 from torch_impl.block import Block
 from torch_impl.dropout import Key, places
 from torch_impl.linear import DTYPES
@@ -125,7 +126,7 @@ class TransformerStack(nn.Module):
         X = X.to(DTYPES[self.config.compute_dtype])
         if positions is None:
             positions = torch.arange(X.shape[1], device=X.device)[None]
-        position_bias = self._position_bias(positions)
+        position_bias = self._position_bias(positions, positions)
         if position_bias is not None:
             bias = position_bias if bias is None else position_bias + bias.to(position_bias.dtype)
         for block, key in zip(self.blocks, places(rng, len(self.blocks)), strict=True):
@@ -147,12 +148,24 @@ class TransformerStack(nn.Module):
                 X = block(X, H_enc, mask, memory_mask, positions=positions, bias=bias, rng=key)
         return X if self.final_norm is None else self.final_norm(X)
 
-    def _position_bias(self, positions: Integer[Tensor, "#B T"]) -> Float[Tensor, "#B A T T"] | None:
+    def _step(self, X: Float[Tensor, "B T D"], cache: caches.Cache, step: caches._Step) -> Float[Tensor, "B T D"]:
+        """The stack on T further positions, whose keys and values go into the cache."""
+        bias = self._position_bias(step.positions, step.key_positions)
+        memory = cache["memory"]["blocks"] if self.cross_attention else {}
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            X = block._step(X, cache["blocks"][str(i)], memory.get(str(i)), step, bias)
+        return X if self.final_norm is None else self.final_norm(X)
+
+    def _position_bias(
+        self, queries: Integer[Tensor, "#B T"], keys: Integer[Tensor, "#B S"]
+    ) -> Float[Tensor, "#B A T S"] | None:
+        """The bias of the scores, from the positions of queries and keys."""
         if self.relative_bias is not None:
-            bias: Tensor = self.relative_bias(positions, positions)
+            bias: Tensor = self.relative_bias(queries, keys)
             return bias
         if self.config.positions == "alibi":
-            return alibi_bias(self.config.num_heads, positions, positions, compute_dtype=self.config.compute_dtype)
+            return alibi_bias(self.config.num_heads, queries, keys, compute_dtype=self.config.compute_dtype)
         return None
 
 

@@ -5,27 +5,27 @@ Exit codes: 0 the twins agree, 1 they differ, 2 the question could not be answer
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
-from twinformer.checkpoint import write_atomically
+from twinformer.commands.common import check_writable as _check_writable
+from twinformer.commands.common import err as _err
+from twinformer.commands.common import need as _need
+from twinformer.commands.common import out as _out
+from twinformer.commands.common import told_plainly as _told_plainly
+from twinformer.commands.common import write as _write
+from twinformer.commands.evaluate import evaluate
+from twinformer.commands.train import train
 from twinformer.errors import TwinformerError
 from twinformer.presets import PRESETS, preset
-
-CANNOT_RUN = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="twinformer",
@@ -34,8 +34,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console()
-_err = Console(stderr=True)
+app.command()(train)
+app.command()(evaluate)
 
 
 @app.callback()
@@ -180,65 +180,6 @@ def config(
 def main() -> None:
     """Entry point of the command line."""
     app()
-
-
-@contextlib.contextmanager
-def _told_plainly() -> Iterator[None]:
-    """Expected errors become one message and exit code 2; Ctrl-C ends quietly.
-
-    An error that nobody expected must not look like a verdict: it ends with exit code 2 too, and
-    TWINFORMER_TRACEBACK=1 shows where it came from.
-    """
-    try:
-        yield
-    except (TwinformerError, OSError) as error:
-        _err.print(f"twinformer: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(CANNOT_RUN) from None
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if os.environ.get("TWINFORMER_TRACEBACK") == "1":
-            raise
-        message = f"twinformer: a defect of ours, {type(error).__name__}: {error}"
-        _err.print(message, style="red", markup=False, highlight=False)
-        _err.print("twinformer: TWINFORMER_TRACEBACK=1 shows where; nothing was judged")
-        raise typer.Exit(CANNOT_RUN) from None
-    except KeyboardInterrupt:
-        _err.print("twinformer: interrupted")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _need(*packages: str) -> None:
-    absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    if absent:
-        raise TwinformerError(
-            "installation",
-            [f"{package}: expected it installed (pip install 'twinformer[torch,flax]')" for package in absent],
-        )
-
-
-def _check_writable(files: Mapping[str, Path | None]) -> None:
-    """Before the work, not after it: each option with the file that it names."""
-    problems = []
-    for option, file in files.items():
-        if file is None:
-            continue
-        if file.is_dir():
-            problems.append(f"{option}: expected a file to write, got a directory: {file}")
-        elif not file.absolute().parent.is_dir():
-            problems.append(
-                f"{option}: expected a directory to write into, got nothing by that name: {file.absolute().parent}"
-            )
-        elif not os.access(file.absolute().parent, os.W_OK):
-            problems.append(
-                f"{option}: expected a directory that can be written, got one that cannot: {file.absolute().parent}"
-            )
-    if problems:
-        raise TwinformerError("output", problems)
-
-
-def _write(file: Path, text: str) -> None:
-    write_atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ truncation that a file may carry are switched off: they are arguments here.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from twinformer.checkpoint import read_text
+from twinformer.checkpoint import read_text, write_atomically
 from twinformer.errors import CheckpointError, InputError, Problems
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -26,6 +27,25 @@ _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
 
 Side = Literal["left", "right"]
+
+#: what a special token is for, and the names that settings give it, the first that is there
+_ROLES = {
+    "pad": ("pad_token",),
+    "begin": ("bos_token", "cls_token"),
+    "end": ("eos_token", "sep_token"),
+    "unknown": ("unk_token",),
+    "mask": ("mask_token",),
+    "separator": ("sep_token",),
+}
+
+#: BERT's, where the settings of a vocab.txt name no others
+_WORD_PIECE_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "cls_token": "[CLS]",
+    "pad_token": "[PAD]",
+    "mask_token": "[MASK]",
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +70,19 @@ class Tokenizer:
     """The tokenizer of a model directory.
 
     ``pad_id`` is the id that padding is filled with: that of the padding token where the directory names one, else 0
-    (padding is masked: which id stands there changes nothing).
+    (padding is masked: which id stands there changes nothing). ``names`` are the special tokens as settings name them
+    (``"bos_token"``: ``"<s>"``); those that the vocabulary lacks count as not named.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, pad_id: int = 0) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, *, pad_id: int = 0, names: Mapping[str, str] | None = None
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self.pad_id = pad_id
+        known = {name for candidates in _ROLES.values() for name in candidates}
+        self._names = {name: token for name, token in (names or {}).items() if name in known}
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -78,7 +103,54 @@ class Tokenizer:
         padding: dict[str, Any] = tokenizer.padding or {}
         pad_token = _content(settings.get("pad_token", padding.get("pad_token")))
         pad_id = None if pad_token is None else tokenizer.token_to_id(pad_token)
-        return cls(tokenizer, pad_id=padding.get("pad_id", 0) if pad_id is None else pad_id)
+        usual = {} if (directory / TOKENIZER_FILE).is_file() else _WORD_PIECE_TOKENS
+        named = {name: token for name in settings if (token := _content(settings[name])) is not None}
+        return cls(tokenizer, pad_id=padding.get("pad_id", 0) if pad_id is None else pad_id, names={**usual, **named})
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``tokenizer.json`` and the names of its special tokens into a directory, which is made if need be.
+
+        Raises CheckpointError where the place cannot be written.
+        """
+        directory = Path(directory)
+        special = json.dumps(self._names, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, text in ((TOKENIZER_FILE, self._tokenizer.to_str(pretty=True)), (_SPECIAL_FILE, special)):
+                write_atomically(directory / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        except OSError as error:
+            raise CheckpointError(str(directory), [f"expected a place that can be written, got: {error}"]) from error
+
+    @property
+    def library(self) -> tokenizers.Tokenizer:
+        """The library's own object."""
+        return self._tokenizer
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """The ids of the special tokens that are named, by what they are for: ``pad``, ``begin``, ``end``,
+        ``unknown``, ``mask``, ``separator``. BERT's ``[CLS]`` begins and ``[SEP]`` ends where no others are named."""
+        found = {}
+        for role, candidates in _ROLES.items():
+            ids = (self.token_id(self._names[name]) for name in candidates if name in self._names)
+            id_ = next((i for i in ids if i is not None), None)
+            if id_ is not None:
+                found[role] = id_
+        return found
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all special tokens, named or not."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(int(i) for i, token in added.items() if token.special) | frozenset(self.roles.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the ids depend on; of scores six decimals, since more are not read back exactly."""
+        content = json.loads(self._tokenizer.to_str())
+        if content["model"]["type"] == "Unigram":
+            content["model"]["vocab"] = [[piece, round(score, 6)] for piece, score in content["model"]["vocab"]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
@@ -219,14 +291,7 @@ def _from_vocabulary(file: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
         problems.expect(
             first == number, f"line {number + 1}: expected a token of its own, got {token!r} of line {first + 1}"
         )
-    names = {
-        "unk_token": "[UNK]",
-        "sep_token": "[SEP]",
-        "cls_token": "[CLS]",
-        "pad_token": "[PAD]",
-        "mask_token": "[MASK]",
-    }
-    special = {name: _content(settings.get(name)) or usual for name, usual in names.items()}
+    special = {name: _content(settings.get(name)) or usual for name, usual in _WORD_PIECE_TOKENS.items()}
     for name in ("unk_token", "sep_token", "cls_token"):
         problems.expect(
             special[name] in vocabulary,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,14 +25,25 @@ import torch
 from flax import nnx
 
 import flax_impl
+import flax_impl.training as flax_training
 import torch_impl
+import torch_impl.training as torch_training
 from twinformer.checks import dtype_name
+from twinformer.data.batch import Batch
+from twinformer.learning import TrainingConfig
 from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
+from twinformer.parity.decoders import Decoder, FlaxDecoder, TorchDecoder
+from twinformer.parity.training_runs import Trained, train
+from twinformer.parity.writers import Chooser, FlaxChooser, FlaxWriter, TorchChooser, TorchWriter, Writer
 
 Precision = Literal["default", "highest"]
 # every module with its output's gradient, or only embeddings, blocks and stacks without
 Detail = Literal["modules", "blocks"]
+# weights of a model whose programs take longer to compile well than to run
+_SMALL = 2_000_000
+# lengths of prompts are rounded up to this
+BUCKET = 8
 
 
 @dataclass
@@ -116,6 +127,23 @@ class Twin(Protocol):
 
     def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
         """What the twin loads from a model directory, as its bridge gives it back."""
+
+    def train(
+        self, case: Case, training: TrainingConfig, runs: Sequence[Sequence[Sequence[Batch]]], *, evaluate: bool = True
+    ) -> list[Trained]:
+        """Runs of one trainer, each from the case's weights: steps of micro-batches. No module is watched."""
+
+    def decoders(self, case: Case) -> contextlib.AbstractContextManager[Callable[[Case], Decoder]]:
+        """Within, what makes decoders of cases that differ from ``case`` in weights and inputs only."""
+
+    def chooser(self, case: Case) -> contextlib.AbstractContextManager[Chooser]:
+        """Within, what chooses tokens from logits in the case's dtype."""
+
+    def writers(self, case: Case) -> contextlib.AbstractContextManager[Callable[[Case], Writer]]:
+        """Within, what makes writers of such cases."""
+
+    def once(self, what: str, case: Case, ask: Callable[[], Any]) -> Any:
+        """``ask()``. A twin that remembers its answers asks once for each ``what`` and case."""
 
     def versions(self) -> dict[str, str]:
         """The framework's versions and device."""
@@ -247,6 +275,27 @@ class TorchTwin:
 
     def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
         return torch_impl.export_weights(torch_impl.load(directory))
+
+    def train(
+        self, case: Case, training: TrainingConfig, runs: Sequence[Sequence[Sequence[Batch]]], *, evaluate: bool = True
+    ) -> list[Trained]:
+        trainer = torch_training.Trainer(case.config, training)
+        return [train(trainer, case.tensors, lessons, evaluate=evaluate) for lessons in runs]
+
+    @contextlib.contextmanager
+    def decoders(self, case: Case) -> Iterator[Callable[[Case], Decoder]]:
+        yield lambda case: TorchDecoder(self._model(case))
+
+    @contextlib.contextmanager
+    def chooser(self, case: Case) -> Iterator[Chooser]:
+        yield TorchChooser()
+
+    @contextlib.contextmanager
+    def writers(self, case: Case) -> Iterator[Callable[[Case], Writer]]:
+        yield lambda case: TorchWriter(self._model(case), BUCKET)
+
+    def once(self, what: str, case: Case, ask: Callable[[], Any]) -> Any:
+        return ask()
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, "device": "cpu", "threads": str(torch.get_num_threads())}
@@ -381,6 +430,32 @@ class FlaxTwin:
         with jax.enable_x64(True):  # for a model in float64; others stay what they are
             leaves: dict[str, npt.NDArray[Any]] = flax_impl.export_weights(flax_impl.load(directory))
             return leaves
+
+    def train(
+        self, case: Case, training: TrainingConfig, runs: Sequence[Sequence[Sequence[Batch]]], *, evaluate: bool = True
+    ) -> list[Trained]:
+        with _x64(case), _hurried(case), jax.default_matmul_precision("highest"):
+            trainer = flax_training.Trainer(case.config, training)
+            return [train(trainer, case.tensors, lessons, evaluate=evaluate) for lessons in runs]
+
+    @contextlib.contextmanager
+    def decoders(self, case: Case) -> Iterator[Callable[[Case], Decoder]]:
+        programs: dict[Any, Any] = {}
+        with _x64(case), jax.default_matmul_precision("highest"):
+            yield lambda case: FlaxDecoder(self._model(case), programs)
+
+    @contextlib.contextmanager
+    def chooser(self, case: Case) -> Iterator[Chooser]:
+        with _x64(case):
+            yield FlaxChooser()
+
+    @contextlib.contextmanager
+    def writers(self, case: Case) -> Iterator[Callable[[Case], Writer]]:
+        with _x64(case), jax.default_matmul_precision("highest"):
+            yield lambda case: FlaxWriter(self._model(case), BUCKET)
+
+    def once(self, what: str, case: Case, ask: Callable[[], Any]) -> Any:
+        return ask()
 
     def versions(self) -> dict[str, str]:
         return {"jax": jax.__version__, "flax": flax.__version__, "device": jax.default_backend()}
@@ -550,7 +625,21 @@ def _torch_precision(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _x64(case: Case) -> contextlib.AbstractContextManager[Any]:
-    """64-bit JAX only for a float64 case: others run as users run them."""
-    manager: contextlib.AbstractContextManager[Any] = jax.enable_x64(case.config.compute_dtype == "float64")
-    return manager
+@contextlib.contextmanager
+def _x64(case: Case) -> Iterator[None]:
+    """64-bit JAX only for a float64 case: others run as users run them, and are compiled as well."""
+    is_wide = case.config.compute_dtype == "float64"
+    with jax.enable_x64(is_wide), _hurried(case) if is_wide else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _hurried(case: Case) -> Iterator[None]:
+    """Small models are compiled with little care: where nobody looks at speed, compiling is most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    is_small = sum(tensor.size for tensor in case.tensors.values()) < _SMALL
+    jax.config.update("jax_disable_most_optimizations", before or is_small)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)  # type: ignore[no-untyped-call]

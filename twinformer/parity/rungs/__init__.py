@@ -12,6 +12,7 @@ from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import (
     calls,
     compilation,
+    decoding,
     forward,
     gradients,
     nonfinite,
@@ -20,7 +21,9 @@ from twinformer.parity.rungs import (
     persistence,
     precision,
     rounding,
+    sampling,
     stochastic,
+    training,
 )
 from twinformer.parity.verdict import Rung
 
@@ -50,9 +53,9 @@ LADDER = (
     Step(3, "precision", "float32 and bfloat16 errors against the float64 truth", precision.check),
     Step(4, "compilation", "eager = jit = torch.compile; remat changes nothing", compilation.check, by_default=False),
     Step(5, "optimizer", "update vectors over ten steps: warm-up, clipping, decay", optimizer.check),
-    Step(6, "training", "the same run, dropout on, loss and gradient norm at every step"),
-    Step(7, "decoding", "prefill, chunks and single tokens = full forward"),
-    Step(8, "sampling", "sampling and beam search on ties and boundaries"),
+    Step(6, "training", "the same run, dropout on: loss, gradient norm and every update", training.check),
+    Step(7, "decoding", "prefill, chunks and single tokens = full forward", decoding.check),
+    Step(8, "sampling", "sampling and beam search on ties and boundaries", sampling.check),
     Step(9, "persistence", "saved by one, loaded by the other, bit for bit", persistence.check),
     Step(10, "sharding", "sharded = single device"),
 )

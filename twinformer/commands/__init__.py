@@ -1,0 +1,1 @@
+"""The commands of ``twinformer`` that have files of their own."""

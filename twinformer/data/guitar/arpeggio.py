@@ -1,0 +1,163 @@
+"""Arpeggio tablature: the pitches of four broken chords, and the string that each was played on.
+
+Real fingerings from the chord table, picking invented here: semi-synthetic, and no claim about how people play. A
+pitch alone does not tell its string (most have several); the shape that its neighbours make does.
+
+A sequence: a shape is chosen evenly among those of the part, then one of its places on the neck; it is arpeggiated in
+one of five patterns; the next shape lies within three frets of the hand; four chords. The parts share no shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from twinformer.data.guitar.chords import PartName, load_chords, shape_of
+from twinformer.data.guitar.dice import Dice
+from twinformer.data.guitar.fretboard import STANDARD, hand_position, strings_for
+from twinformer.data.guitar.notes import QUARTER, Note, Piece
+from twinformer.errors import InputError
+
+SIZES: dict[PartName, int] = {"train": 12_000, "valid": 500, "test": 500}
+CHORDS = 4
+#: how far the hand moves between two shapes at most, in frets
+REACH = 3
+PATTERNS = ("up", "down", "up and down", "alternating bass", "random after the bass")
+#: notes of the two patterns that do not end by themselves
+_PICKS = 6
+#: the longest sequence: six strings, up and down, four times
+MAX_NOTES = CHORDS * 10
+
+Frets = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Arpeggio:
+    """One sequence: for each note its pitch and the string (0 the lowest) it was played on; ``shapes`` in order."""
+
+    pitches: tuple[int, ...]
+    strings: tuple[int, ...]
+    shapes: tuple[Frets, ...]
+
+    @property
+    def frets(self) -> tuple[int, ...]:
+        """They follow from pitch and string."""
+        return tuple(pitch - STANDARD[string] for pitch, string in zip(self.pitches, self.strings, strict=True))
+
+    def piece(self, strings: Sequence[int] | None = None, title: str = "") -> Piece:
+        """As eighth notes; ``strings`` in place of those that were played."""
+        step = QUARTER // 2
+        notes = tuple(
+            Note(i * step, pitch, step, string, pitch - STANDARD[string])
+            for i, (pitch, string) in enumerate(zip(self.pitches, strings or self.strings, strict=True))
+        )
+        return Piece(notes, title=title)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many strings are right: ``right`` of ``notes``, ``whole`` of ``sequences`` without a mistake."""
+
+    notes: int
+    right: int
+    sequences: int
+    whole: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.notes
+
+    @property
+    def whole_accuracy(self) -> float:
+        return self.whole / self.sequences
+
+
+def pick(frets: Sequence[int], pattern: str, dice: Dice) -> list[int]:
+    """The strings of a shape in the order of a pattern. Raises InputError for a pattern that is not known."""
+    played = [string for string, fret in enumerate(frets) if fret >= 0]
+    match pattern:
+        case "up":
+            return played
+        case "down":
+            return played[::-1]
+        case "up and down":  # the top once, and not back to the bass: the pattern would begin with it again
+            return played + played[-2:0:-1]
+        case "alternating bass":
+            high = played[2:]
+            return [played[turn // 2 % 2] if turn % 2 == 0 else high[turn // 2 % len(high)] for turn in range(_PICKS)]
+        case "random after the bass":
+            return [played[0]] + [dice.choice(played[1:]) for _ in range(_PICKS - 1)]
+    raise InputError("arpeggio", [f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}"])
+
+
+@functools.cache
+def _shapes(part: PartName) -> dict[Frets, tuple[Frets, ...]]:
+    """The places on the neck of each shape of a part, both in a fixed order."""
+    places = sorted({chord.frets for chord in load_chords().part(part)})
+    found: dict[Frets, list[Frets]] = {}
+    for frets in places:
+        found.setdefault(shape_of(frets), []).append(frets)
+    return {shape: tuple(found[shape]) for shape in sorted(found)}
+
+
+@functools.cache
+def _near(part: PartName, hand: int) -> tuple[tuple[Frets, ...], ...]:
+    """For each shape that can be had within reach of the hand: its places there."""
+    near = (
+        tuple(frets for frets in places if abs(hand_position(frets) - hand) <= REACH)
+        for places in _shapes(part).values()
+    )
+    return tuple(places for places in near if places)
+
+
+def _sequence(part: PartName, dice: Dice) -> Arpeggio:
+    shapes = _shapes(part)
+    frets = dice.choice(shapes[dice.choice(tuple(shapes))])
+    pitches: list[int] = []
+    strings: list[int] = []
+    chords = []
+    for turn in range(CHORDS):
+        if turn:
+            options = _near(part, hand_position(frets))
+            before = frets
+            while frets == before:
+                frets = dice.choice(dice.choice(options))
+        picked = pick(frets, dice.choice(PATTERNS), dice)
+        strings += picked
+        pitches += [STANDARD[string] + frets[string] for string in picked]
+        chords.append(frets)
+    return Arpeggio(tuple(pitches), tuple(strings), tuple(chords))
+
+
+@functools.cache
+def sequences(part: PartName, size: int | None = None, seed: int = 0) -> tuple[Arpeggio, ...]:
+    """The sequences of a part; the first ``size`` of them, where given. Each depends on (seed, part, its number) only.
+
+    Raises InputError for a part that is not there or a size below 1.
+    """
+    if part not in SIZES or (size is not None and size < 1):
+        raise InputError("arpeggio", [f"expected a part of {', '.join(SIZES)} and a size from 1, got {part!r}, {size}"])
+    count = SIZES[part] if size is None else size
+    return tuple(_sequence(part, Dice(seed, f"arpeggio/{part}/{number}")) for number in range(count))
+
+
+def ambiguity(data: Sequence[Arpeggio]) -> float:
+    """The share of notes that more than one string can sound."""
+    pitches = [pitch for sequence in data for pitch in sequence.pitches]
+    return sum(len(strings_for(pitch)) > 1 for pitch in pitches) / len(pitches)
+
+
+def score(data: Sequence[Arpeggio], predicted: Sequence[Sequence[int]]) -> Score:
+    """Compare strings with those that were played. Raises InputError where the lengths differ."""
+    wrong = [i for i, (a, p) in enumerate(zip(data, predicted, strict=False)) if len(a.strings) != len(p)]
+    if len(data) != len(predicted) or wrong:
+        raise InputError(
+            "arpeggio",
+            [f"sequences: expected {len(data)}, got {len(predicted)}"] * (len(data) != len(predicted))
+            + [f"sequence {i}: expected {len(data[i].strings)} strings, got {len(predicted[i])}" for i in wrong[:20]],
+        )
+    hits = [sum(a == b for a, b in zip(s.strings, p, strict=True)) for s, p in zip(data, predicted, strict=True)]
+    lengths = [len(sequence.strings) for sequence in data]
+    whole = sum(hit == length for hit, length in zip(hits, lengths, strict=True))
+    return Score(sum(lengths), sum(hits), len(data), whole)

@@ -1,0 +1,190 @@
+"""Rung 7: decoding with remembered keys and values gives what one call of the same model gives.
+
+The matrix: {one prefill, chunks, token by token} x {no padding, left, right, holes} x {a new cache, one that another
+sequence was decoded with}, and beside it positions that are given, rows that are exchanged as beams are, logits of one
+place, and NaN in sight and in padding. Each twin is held against itself, for the full forward has been judged on the
+rungs below, and then against the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from twinformer.config import ModelConfig
+from twinformer.parity.case import Case
+from twinformer.parity.compare import Comparison, compare, set_problems
+from twinformer.parity.cut import cut, describe
+from twinformer.parity.decoding_culprit import Found, find
+from twinformer.parity.decoding_runs import PADDINGS, POISON, Decoded, Plan, decode, plan_for
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs.forward import BOUND
+from twinformer.parity.twins import Twin
+from twinformer.parity.verdict import Rung, does_not_apply, rung_of
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare every cell of the matrix with the full forward, row by row, and the twins with each other."""
+    whole = evidence.case
+    if whole.config.architecture == "encoder":
+        return does_not_apply("an encoder writes no tokens: there is nothing to remember")
+    case, plan = prepared(whole)
+    decoded = []
+    problems: list[str] = []
+    for twin in evidence.twins:
+        evidence.progress(f"{twin.name}: decoding in steps")
+        wrong = twin.once("layout", case, lambda twin=twin: _layout(twin, case, plan))
+        problems += [f"{twin.name}: {text}" for text in wrong]
+        if not wrong:
+            decoded.append((twin, twin.once("decoding", case, lambda twin=twin: run(twin, case, plan))))
+    comparisons = [one for twin, found in decoded for one in _with_itself(twin.name, found)]
+    comparisons += _with_each_other(decoded)
+    problems += _what_one_token_moves(evidence.twins[0], case, plan, decoded)
+    cells = sum(one.name.startswith(evidence.twins[0].name) for one in comparisons)
+    rung = rung_of(f"{cells} cells of each twin, {plan.length} tokens", comparisons, problems)
+    if rung.verdict == "differ":
+        _blame(rung, evidence, case, plan)
+    rung.notes += describe(case.config, whole.config)
+    return rung
+
+
+def prepared(whole: Case) -> tuple[Case, Plan]:
+    """The model cut down, in float64, and what is decoded with it."""
+    sized = cut(whole, plan_for(whole.config).inputs(*_few())).config
+    plan = plan_for(sized)
+    return cut(whole, plan.inputs(plan.tokens, plan.real)).in_dtype("float64"), plan
+
+
+def run(twin: Twin, case: Case, plan: Plan) -> Decoded:
+    """All cells of one twin."""
+    with twin.decoders(case) as make:
+        return decode(lambda is_poisoned: make(poisoned(case) if is_poisoned else case), plan)
+
+
+def poisoned(case: Case) -> Case:
+    """The last token's embedding holds NaN and infinities."""
+    table = "target_embedding" if case.config.architecture == "encoder-decoder" else "embedding"
+    path = f"{'source_embedding' if case.config.share_embeddings else table}.tokens.weight"
+    row = case.tensors[path].copy()
+    row[-1, : len(POISON)] = POISON[: row.shape[1]]
+    return dataclasses.replace(case, tensors=case.tensors | {path: row}, finite=False)
+
+
+# ---- the comparisons
+
+
+def _with_itself(name: str, found: Decoded) -> list[Comparison]:
+    """Row by row, because rows differ by their padding; the scale is that of the whole."""
+    comparisons = []
+    for cell, logits in found.cells.items():
+        of, _, label = cell.partition(": ")
+        expected = found.full[of]
+        finite = np.abs(expected[np.isfinite(expected)])
+        scale = float(finite.max(initial=0.0)) or None
+        rows = range(len(expected)) if of in ("masked", "poisoned") else [None]
+        if logits.shape != expected.shape:
+            rows = [None]
+        comparisons += [
+            compare(
+                f"{name}: {label}{'' if row is None else f', {PADDINGS[row]}'}{', no mask' if of == 'bare' else ''}",
+                logits if row is None else logits[row],
+                expected if row is None else expected[row],
+                bound=BOUND,
+                scale=scale,
+            )
+            for row in rows
+        ]
+    return comparisons
+
+
+def _with_each_other(decoded: Sequence[tuple[Twin, Decoded]]) -> list[Comparison]:
+    if len(decoded) < 2:
+        return []
+    (first, one), (second, other) = decoded
+    return [
+        compare(f"{first.name}, {second.name}: {cell.partition(': ')[2]}", logits, other.cells[cell], bound=BOUND)
+        for cell, logits in one.cells.items()
+        if cell in other.cells
+    ]
+
+
+def _layout(twin: Twin, case: Case, plan: Plan) -> list[str]:
+    """The leaves of a new cache against the contract: a buffer of another shape can still take what is written."""
+    with twin.decoders(case) as make:
+        decoder = make(case)
+        leaves = decoder.leaves(decoder.start(len(plan.tokens), plan.slots, plan.source, plan.source_real))
+    wanted = layout(case.config, plan)
+    problems = set_problems("leaf of the cache", leaves, wanted, (twin.name, "the contract"))
+    for name, shape in wanted.items():
+        if name in leaves and tuple(leaves[name].shape) != shape:
+            problems.append(f"cache: {name}: expected shape {shape}, got {tuple(leaves[name].shape)}")
+    return problems
+
+
+def layout(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """What ``docs/contract.md`` says that a cache holds."""
+    B, C, G = len(plan.tokens), plan.slots, config.num_kv_heads
+    found: dict[str, tuple[int, ...]] = {"real": (B, C), "positions": (B, C), "counted": (B,), "step": ()}
+    parts = {"": C}
+    if plan.source is not None:
+        S = plan.source.shape[1]
+        found["memory/real"] = (B, S)
+        parts["memory/"] = S
+    for prefix, width in parts.items():
+        for layer in range(config.num_layers):
+            block = f"{prefix}blocks/{layer}"
+            found[f"{block}/keys"] = (B, G, width, config.key_dim)
+            found[f"{block}/values"] = (B, G, width, config.value_dim)
+            found[f"{block}/broken"] = (B, width)
+    return found
+
+
+def _what_one_token_moves(
+    twin: Twin, case: Case, plan: Plan, decoded: Sequence[tuple[Twin, Decoded]]
+) -> list[str]:
+    """That a history which is not seen would be noticed: another token just before the last moves its logits."""
+    found = next((one for other, one in decoded if other is twin), None)
+    if found is None or plan.length < 2:
+        return []
+    tokens = plan.tokens.copy()
+    tokens[0, -2] = (tokens[0, -2] + 1) % max(1, case.config.vocab_size - 1)
+    changed = dataclasses.replace(case, inputs=plan.inputs(tokens, plan.real))
+    after = twin.run(changed, detail="blocks").output[0, -1]
+    moved = compare("history", after, found.full["masked"][0, -1], bound=0.0)
+    if tokens[0, -2] != plan.tokens[0, -2] and moved.relative <= 10 * BOUND:
+        return [f"vacuous: another token before the last moves its logits by {moved.relative:.0e} of their scale only"]
+    return []
+
+
+# ---- the culprit
+
+
+def _blame(rung: Rung, evidence: Evidence, case: Case, plan: Plan) -> None:
+    """Which cells fail, and for the first of them where the steps leave the full forward."""
+    differing = [one for one in rung.comparisons if isinstance(one, Comparison) and not one.agrees]
+    names = list(dict.fromkeys(one.name for one in differing))
+    found: list[Found] = []
+    for twin in evidence.twins:
+        own = [name.removeprefix(f"{twin.name}: ") for name in names if name.startswith(f"{twin.name}: ")]
+        if not own:
+            continue
+        rung.notes.append(f"{twin.name}: {len(own)} cells fail: {_axes(own)}")
+        with twin.decoders(case) as make:
+            found += find(make(case), plan, own)
+    rung.culprits = list(dict.fromkeys(one.culprit for one in found))
+    rung.notes += list(dict.fromkeys(one.told for one in found))
+    if not rung.culprits:
+        rung.culprits = ["the cache"]
+
+
+def _axes(cells: Sequence[str]) -> str:
+    """The values of each axis that fail."""
+    parts = [cell.split(", ") for cell in cells]
+    axes = [list(dict.fromkeys(part[axis] for part in parts if axis < len(part))) for axis in range(3)]
+    return "; ".join(", ".join(values) for values in axes if values)
+
+
+def _few() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((1, 1), np.int64), np.ones((1, 1), np.bool_)

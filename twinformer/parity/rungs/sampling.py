@@ -1,0 +1,151 @@
+"""Rung 8: what is done to logits, which token is drawn, when writing ends, and which hypotheses a beam keeps.
+
+There are three parts. Definitions, on tables of logits with exact ties and boundaries, against a reference in NumPy
+(``sampling_reference.py``), so that two twins that are wrong alike are found; the numbers in [0, 1) bit for bit. Then
+both twins write with the case's model: every token is looked up in the logits of one full forward over what was written,
+with the reference's own processors, numbers and stopping. Then both search with beams, against the reference's search;
+with all weights zero every continuation ties, and only the order decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from twinformer.decoding import SamplingConfig
+from twinformer.parity import philox
+from twinformer.parity import sampling_reference as reference
+from twinformer.parity.case import Case
+from twinformer.parity.compare import Comparison, FloatArray, compare
+from twinformer.parity.cut import cut, describe
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.sampling_tables import CHAINS, HOPELESS, ROWS, SEEDS, STEPS, TABLES, UNIFORMS
+from twinformer.parity.scenarios import Writing, writing_for
+from twinformer.parity.twins import Twin
+from twinformer.parity.verdict import Rung, does_not_apply, rung_of
+from twinformer.parity.writers import Chooser
+from twinformer.parity.writing_checks import BOUND, NOISE, Problems, searched, written
+
+# what a token is made by, in its order: a chain is wrong because of its parts, a generator because of both
+_PARTS = ("uniforms", "greedy", "draw", "RepetitionPenalty", "Temperature", "TopK", "TopP", "MinP")
+
+
+def check(evidence: Evidence) -> Rung:
+    """Definitions, then writing, then beams: each twin against the references, and through them with the other."""
+    whole = evidence.case
+    if whole.config.architecture == "encoder":
+        return does_not_apply("an encoder writes no tokens: there is nothing to draw")
+    case, writing = prepared(whole)
+    comparisons: list[Comparison] = []
+    problems: Problems = {}
+    rows = sum(len(table.logits) for table in TABLES)
+    tokens = hypotheses = 0
+    for twin in evidence.twins:
+        evidence.progress(f"{twin.name}: definitions of sampling")
+        parts = [definitions(twin, case)]
+        evidence.progress(f"{twin.name}: writing")
+        *found, count = written(twin, evidence.twins[0], case, writing)
+        parts.append((found[0], found[1]))
+        tokens += count
+        evidence.progress(f"{twin.name}: beam search")
+        *found, count = searched(twin, evidence.twins[0], case, writing)
+        parts.append((found[0], found[1]))
+        hypotheses += count
+        for figures, wrong in parts:
+            comparisons += figures
+            for place, texts in wrong.items():
+                problems.setdefault(place, []).extend(f"{twin.name}: {text}" for text in texts)
+    checked = f"{rows} rows of logits, {tokens} tokens, {hypotheses} hypotheses"
+    rung = rung_of(checked, comparisons, [text for texts in problems.values() for text in texts])
+    if rung.verdict == "differ":
+        places = [one.name.partition(" (")[0] for one in comparisons if not one.agrees]
+        rung.culprits = _first_cause([*problems, *places])
+    rung.notes += describe(case.config, whole.config)
+    return rung
+
+
+def prepared(whole: Case) -> tuple[Case, Writing]:
+    """The model cut down, in float64, and what it is asked to write."""
+    writing = writing_for(whole.config)
+    sized = cut(whole, writing.inputs(), layers=1).config
+    writing = writing_for(sized)
+    return cut(whole, writing.inputs(), layers=1).in_dtype("float64"), writing
+
+
+def _first_cause(places: Sequence[str]) -> list[str]:
+    parts = [part for part in _PARTS if part in places]
+    chains = [place for place in places if place == "processors"]
+    return parts or chains or list(dict.fromkeys(places))
+
+
+# ---- definitions
+
+
+def definitions(twin: Twin, case: Case) -> tuple[list[Comparison], Problems]:
+    """One twin against the reference: figures, and problems by what they are about."""
+    with twin.chooser(case) as chooser:
+        comparisons = list(_processors(twin.name, chooser))
+        wrong = {"uniforms": list(_numbers(chooser)), "greedy": list(_greedy(chooser)), "draw": list(_draws(chooser))}
+    return comparisons, {place: texts for place, texts in wrong.items() if texts}
+
+
+def _processors(name: str, chooser: Chooser) -> Iterator[Comparison]:
+    """Every processor and chain on every table: which tokens are left, and their values."""
+    for place, configs in CHAINS.items():
+        for config in configs:
+            for table in TABLES:
+                rows = zip(table.logits, table.seen, strict=True)
+                expected = np.stack([reference.processed(*row, config) for row in rows])
+                got = chooser.processed(config, table.logits, table.seen)
+                label = f"{place} ({_choices(config)}, {table.name} logits, {name})"
+                yield compare(label, got, expected, bound=BOUND, scale=max(1.0, _largest(expected)))
+
+
+def _numbers(chooser: Chooser) -> Iterator[str]:
+    """Bit for bit: a number decides, and two that are nearly equal can decide differently."""
+    for seed in SEEDS:
+        for step in STEPS:
+            got, expected = chooser.uniforms(seed, ROWS, step), philox.uniforms(seed, ROWS, step)
+            if got.dtype != np.float32:
+                yield f"uniforms: expected float32, got {got.dtype}"
+            elif not np.array_equal(got, expected):
+                yield (
+                    f"uniforms of seed {seed}, rows {ROWS.tolist()}, step {step}: expected {expected.tolist()}, "
+                    f"got {got.tolist()}"
+                )
+
+
+def _greedy(chooser: Chooser) -> Iterator[str]:
+    for name, logits in _rows():
+        got, expected = chooser.greedy(logits).tolist(), [reference.greedy(row) for row in logits]
+        if got != expected:
+            yield f"greedy on {name} logits: expected {expected}, got {got}"
+
+
+def _draws(chooser: Chooser) -> Iterator[str]:
+    """On equal logits every number is a boundary or next to one; elsewhere one within rounding of it says nothing."""
+    for name, logits in _rows():
+        is_exact = [len({x for x in row if np.isfinite(x)}) <= 1 for row in logits]
+        for uniform in UNIFORMS:
+            got = chooser.draw(logits, np.full(len(logits), uniform, np.float32)).tolist()
+            expected = [reference.draw(row, float(uniform)) for row in logits]
+            for row, (one, other) in enumerate(zip(got, expected, strict=True)):
+                if one != other and (is_exact[row] or reference.draw_margin(logits[row], float(uniform)) > NOISE):
+                    yield f"draw from {name} logits, row {row}, at {float(uniform)!r}: expected {other}, got {one}"
+
+
+def _rows() -> list[tuple[str, FloatArray]]:
+    return [("hopeless", HOPELESS), *((table.name, table.logits) for table in TABLES)]
+
+
+def _choices(config: SamplingConfig) -> str:
+    plain = SamplingConfig()
+    names = [field.name for field in dataclasses.fields(config)]
+    changed = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(plain, name)}
+    return ", ".join(f"{name}={value:.9g}" for name, value in changed.items())
+
+
+def _largest(array: FloatArray) -> float:
+    return float(np.abs(array[np.isfinite(array)]).max(initial=0.0))

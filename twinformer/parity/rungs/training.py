@@ -1,0 +1,242 @@
+"""Rung 6: the same run in both twins, dropout on, step by step, and the same once more put together by the judge.
+
+What is compared is what a step tells (loss, norm of the gradient, number of targets, learning rate) and by how much it
+moves every parameter; the parameters themselves would hide a step that does nothing. The judge's own run
+(``training_runs.py``) is the third opinion: it takes output and gradients from the model, as the rungs below have judged
+them, and does keys, sums, division, clipping and update in NumPy, so that two wrong trainers do not agree by being
+wrong alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from twinformer.data.batch import Batch
+from twinformer.learning import OptimizerConfig, ScheduleConfig, TrainingConfig
+from twinformer.parity.case import Case
+from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
+from twinformer.parity.cut import cut, describe
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.lessons import ACCUMULATION, SHARES, lessons
+from twinformer.parity.training_runs import Leaves, Step, Trained, mean_gradients, train_by_hand
+from twinformer.parity.twins import Twin
+from twinformer.parity.verdict import Rung, does_not_apply, rung_of
+
+STEPS = len(SHARES)
+# A gradient agrees to 1e-14 of the module's largest; AdamW divides it by its own size, at least eps = 1e-4, which takes
+# an element that is noise to 1e-12 of an update, and twelve steps through one another to 1e-10 at the worst.
+BOUND = 1e-9
+# float32 sums of three bfloat16 gradients: a few roundings of 6e-8 of the largest; one in bfloat16 makes 4e-3
+SUM_BOUND = 1e-5
+# what is left of an update with rate 1 in the difference of two float32 weights: the largest weights are about 30
+MOVE_BOUND = 1e-3
+SCHEDULE = ScheduleConfig(name="cosine", peak=1e-2, warmup_steps=3, total_steps=STEPS, final_fraction=0.1)
+# a seed that needs both words of a key
+TRAINING = TrainingConfig(
+    optimizer=OptimizerConfig(weight_decay=0.1, eps=1e-4, ema_decay=0.8),
+    schedule=SCHEDULE,
+    accumulation=ACCUMULATION,
+    smoothing=0.1,
+    z_loss=1e-3,
+    seed=2**33 + 7,
+)
+# in one place: which keys go to which places is asked by the rung of dropout, here which step they belong to
+_RATES = {"dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.2}
+_TOLD = ("count", "learning_rate", "loss", "gradient_norm")
+# what bfloat16 is summed in: three micro-batches by themselves and together, momentum as the place where sums are kept
+_SUMS = TrainingConfig(
+    optimizer=OptimizerConfig(name="sgd", momentum=0.5, weight_decay=0.0, clip_norm=None),
+    schedule=ScheduleConfig(name="constant", peak=1.0, total_steps=1),
+    accumulation=3,
+    dropout=False,
+)
+_SUM_SHARES = ((1.0, 0.1, 0.4),)
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare both runs with each other and with the judge's, then each twin's sums in bfloat16 with its own parts."""
+    whole = evidence.case
+    if whole.config.head == "none":
+        return does_not_apply("the model has no head: there is nothing that it predicts")
+    case, batches = _case(whole)
+    training = _training(evidence.twins[0], case, batches)
+    evidence.progress(f"the judge: {STEPS} steps by hand")
+    by_hand = train_by_hand(evidence.twins[0], case, training, batches)
+    runs = []
+    for twin in evidence.twins:
+        evidence.progress(f"{twin.name}: {STEPS} steps")
+        runs += twin.train(case, training, [batches])
+    first, second = (twin.name for twin in evidence.twins)
+    pairs = {f"{first}, {second}": (runs[0], runs[1], first, second)}
+    pairs |= {f"{name}, by hand": (run, by_hand, name, "by hand") for name, run in ((first, runs[0]),)}
+    comparisons: list[Comparison] = []
+    problems: list[str] = []
+    for label, (one, other, left, right) in pairs.items():
+        problems += _set_problems(label, one, other, (left, right))
+        comparisons += _compared(label, one, other)
+    parted = first_parted(comparisons)
+    if parted and not all(one.agrees for one in _compared(f"{second}, by hand", runs[1], by_hand)):
+        comparisons += _compared(f"{second}, by hand", runs[1], by_hand)
+    sums = [found for twin in evidence.twins for found in sums_in_bfloat16(twin, whole, evidence)]
+    rung = rung_of(f"{STEPS} steps, {len(comparisons)} figures, {len(sums)} sums", [*comparisons, *sums], problems)
+    clipped = {step.gradient_norm > _norm(training) for step in by_hand.steps if step.count}
+    if rung.verdict == "agree" and clipped != {True, False}:
+        rung.verdict, rung.problems = "cannot tell", ["clipping: expected active and inactive steps, got one kind only"]
+    if rung.verdict == "differ":
+        _blame(rung, parted, sums)
+    rung.notes += describe(case.config, whole.config)
+    return rung
+
+
+def first_parted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """What differs first: of the earliest step the first kind of figure that does, in the order of a step."""
+    differing = [one for one in comparisons if not one.agrees]
+    if not differing:
+        return []
+    earliest = min(map(_when, differing))
+    return [one for one in differing if _when(one) == earliest]
+
+
+def _case(whole: Case) -> tuple[Case, list[list[Batch]]]:
+    """The model cut down, in float64 and with dropout, and what it is taught."""
+    config = whole.config.replace(**_RATES)
+    small = dataclasses.replace(whole, config=config)
+    sized = cut(small, lessons(config, ((1.0,),))[0][0].inputs, layers=1).config
+    batches = lessons(sized)
+    return cut(small, batches[0][0].inputs, layers=1).in_dtype("float64"), batches
+
+
+def _training(twin: Twin, case: Case, batches: Sequence[Sequence[Batch]]) -> TrainingConfig:
+    """Clipping between the norms of a step with many targets and of one with few."""
+    norms = [mean_gradients(twin, case, TRAINING, batches[step], step)[1] for step in (0, 1)]
+    clip_norm = math.sqrt(norms[0] * norms[1]) or 1.0
+    return dataclasses.replace(TRAINING, optimizer=dataclasses.replace(TRAINING.optimizer, clip_norm=clip_norm))
+
+
+def _norm(training: TrainingConfig) -> float:
+    return training.optimizer.clip_norm or math.inf
+
+
+def _compared(label: str, one: Trained, other: Trained) -> list[Comparison]:
+    """Step by step what was told and every update, then what is left at the end."""
+    found = []
+    for step, (ours, theirs) in enumerate(zip(one.steps, other.steps, strict=True)):
+        at = f"step {step}, {label}"
+        found += [
+            compare(f"{name.replace('_', ' ')} ({at})", np.array([a]), np.array([b]), bound=BOUND if b else 0.0)
+            for name in _TOLD
+            for a, b in [(getattr(ours, name), getattr(theirs, name))]
+        ]
+        found += _leaves("update of ", at, ours.updates, theirs.updates)
+    at = f"step {len(one.steps)}, {label}"  # after the last
+    found += _leaves("", at, one.state, other.state)
+    found += _leaves("saved ", at, one.weights, other.weights)
+    for name in ("total", "count", "correct"):
+        a, b = (np.array([float(getattr(run.evaluation, name))]) for run in (one, other))
+        found.append(compare(f"evaluation: {name} ({at})", a, b, bound=BOUND if name == "total" else 0.0))
+    return found
+
+
+def _leaves(prefix: str, at: str, ours: Leaves, theirs: Leaves) -> list[Comparison]:
+    """Relative to the largest within the module: what is zero by mathematics is noise (``sibling_scales``)."""
+    scales = sibling_scales(theirs)
+    return [
+        compare(f"{prefix}{path} ({at})", leaf, theirs[path], bound=BOUND, scale=scales[path])
+        for path, leaf in ours.items()
+        if path in theirs
+    ]
+
+
+def _set_problems(label: str, one: Trained, other: Trained, sides: tuple[str, str]) -> list[str]:
+    problems = set_problems(f"{label}: state", one.state, other.state, sides)
+    problems += set_problems(f"{label}: saved weights", one.weights, other.weights, sides)
+    for ours, theirs in zip(one.steps[:1], other.steps[:1], strict=True):
+        problems += set_problems(f"{label}: update", ours.updates, theirs.updates, sides)
+    return problems
+
+
+# ---- what parted first
+
+_ORDER = ("count", "learning rate", "loss", "gradient norm", "update of ")
+
+
+def _when(one: Comparison) -> tuple[int, int]:
+    step = int(one.name.rpartition("(step ")[2].partition(",")[0])
+    kind = next((place for place, name in enumerate(_ORDER) if one.name.startswith(name)), len(_ORDER))
+    return step, kind
+
+
+def _blame(rung: Rung, parted: Sequence[Comparison], sums: Sequence[Comparison]) -> None:
+    """Name what parted first, and whose step is not that of the judge."""
+    wrong = [one for one in sums if not one.agrees]
+    if not parted:
+        rung.culprits = list(dict.fromkeys(one.name.partition(" of ")[0].partition(" (")[0] for one in wrong))
+        return
+    step, _ = _when(parted[0])
+    paths = list(dict.fromkeys(one.name.rpartition(" (step ")[0] for one in parted))
+    total = {one.name.rpartition(" (step ")[0] for one in rung.comparisons if f"(step {step}," in one.name}
+    updates = [name for name in total if name.startswith("update of ")]
+    rung.culprits = ["every update"] if len(paths) == len(updates) > 1 else paths
+    sides = [one.name.rpartition(", ")[0].rpartition(", ")[2] for one in parted if one.name.endswith("by hand)")]
+    where = f"at step {step}" if step < STEPS else "after the last step"
+    rung.notes.append(f"parted first {where}: {parted[0].describe()}")
+    if sides:
+        rung.notes.append(f"not as the judge has it by hand: {', '.join(dict.fromkeys(sides))}")
+
+
+# ---- sums in bfloat16
+
+
+def sums_in_bfloat16(twin: Twin, whole: Case, evidence: Evidence) -> list[Comparison]:
+    """One step over three micro-batches against a step over each of them: gradients are summed wide, and divided once.
+
+    Of one twin alone, in bfloat16, with a model of one layer. A gradient is what momentum begins as.
+    """
+    evidence.progress(f"{twin.name}: sums of micro-batches in bfloat16")
+    sized = cut(whole, lessons(whole.config, ((1.0,),))[0][0].inputs, layers=1).config
+    batches = lessons(sized, _SUM_SHARES)[0]
+    case = cut(whole, batches[0].inputs, layers=1).in_dtype("bfloat16")
+    runs = twin.train(case, _SUMS, [[chosen] for chosen in (*([batch] for batch in batches), batches)], evaluate=False)
+    *parts, together = (_momentum(run) for run in runs)
+    step = runs[-1].steps[0]
+    counts = [batch.count for batch in batches]
+    means = {
+        path: sum(count * part[path] for count, part in zip(counts, parts, strict=True)) / sum(counts)
+        for path in together
+    }
+    scales = sibling_scales(means)
+    found = [
+        compare(f"sum of {path} ({twin.name})", together[path], mean, bound=SUM_BOUND, scale=scales[path])
+        for path, mean in means.items()
+    ]
+    norm = np.array([math.sqrt(sum(float((leaf**2).sum()) for leaf in together.values()))])
+    found.append(compare(f"norm of the sum ({twin.name})", np.array([step.gradient_norm]), norm, bound=SUM_BOUND))
+    masters = _moved(runs[-1], case)
+    found += [
+        compare(f"move of {path} ({twin.name})", masters[path], -together[path], bound=MOVE_BOUND, scale=scales[path])
+        for path in masters
+    ]
+    return found
+
+
+def _momentum(run: Trained) -> Leaves:
+    prefix = "optimizer/momentum/"
+    return {name.removeprefix(prefix): leaf for name, leaf in run.state.items() if name.startswith(prefix)}
+
+
+def _moved(run: Trained, case: Case) -> Leaves:
+    """By how much the float32 masters moved from the weights that they began as."""
+    prefix = "optimizer/master/"
+    return {
+        path: leaf - case.tensors[path].astype(np.float64)
+        for name, leaf in run.state.items()
+        if name.startswith(prefix)
+        for path in [name.removeprefix(prefix)]
+    }
+
+
+__all__ = ["BOUND", "STEPS", "TRAINING", "Step", "check", "first_parted", "sums_in_bfloat16"]

@@ -1,0 +1,142 @@
+"""What the twins are asked to write: prompts padded everywhere, ends at different places, allowed tokens, beams."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from twinformer.config import ModelConfig
+from twinformer.decoding import BeamConfig, SamplingConfig, StopConfig
+from twinformer.initializers import stream
+from twinformer.parity.case import Arrays
+from twinformer.parity.writers import Array
+
+ROWS, PROMPT, NEW, SEARCHED = 3, 5, 8, 5
+# a row's numbers depend on these, not on its place
+SEQUENCES = (5, 0, 2**31 + 1)
+SAMPLING = SamplingConfig(temperature=2.0, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
+SEED = 2**40 + 7
+PAD = 1
+BEAMS = {
+    "mean": BeamConfig(width=3, num_best=3, length_penalty="mean", alpha=0.7),
+    "gnmt": BeamConfig(width=3, num_best=2, length_penalty="gnmt", alpha=0.6, shrink=True, early_stopping=False),
+}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Prompts ``[B, T]``, what of them is real, and the sources that they belong to."""
+
+    prompts: Array
+    real: Array
+    source: Array | None
+    source_real: Array | None
+
+    def options(self) -> dict[str, Any]:
+        """Of a generator or a search."""
+        given = {
+            "padding_mask": self.real,
+            "source": self.source,
+            "source_padding_mask": self.source_real,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def inputs(self, rows: Array | None = None, tokens: Array | None = None, real: Array | None = None) -> Arrays:
+        """Of one call of the model with the prompts of these rows and what was written after them, if anything."""
+        rows = np.arange(len(self.prompts)) if rows is None else rows
+        tokens = self.prompts[rows, :0] if tokens is None else tokens
+        real = self.real[rows, :0] if real is None else real
+        whole = np.concatenate((self.prompts[rows], tokens), 1)
+        mask = np.concatenate((self.real[rows], real), 1)
+        if self.source is None or self.source_real is None:
+            return {"tokens": whole, "padding_mask": mask}
+        return {
+            "source": self.source[rows],
+            "source_padding_mask": self.source_real[rows],
+            "target": whole,
+            "target_padding_mask": mask,
+        }
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One call of a generator, besides the prompts."""
+
+    name: str
+    new: int
+    sampling: SamplingConfig | None = None
+    stop: StopConfig = StopConfig()
+    allowed: Array | None = None
+    sequences: tuple[int, ...] = (0, 1, 2)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.new,
+            "sampling": self.sampling,
+            "stop": self.stop,
+            "seed": SEED,
+            "rows": None if self.sequences == (0, 1, 2) else np.array(self.sequences),
+            "allowed": self.allowed,
+            "pad_id": PAD,
+        }
+
+    def ending(self, stop: StopConfig) -> Scenario:
+        return dataclasses.replace(self, stop=stop)
+
+
+@dataclass(frozen=True)
+class Search:
+    """One beam search, besides the prompts. ``tied``: with all weights zero."""
+
+    name: str
+    beam: BeamConfig
+    new: int
+    stop: tuple[int, ...]
+    allowed: Array | None = None
+    tied: bool = False
+
+
+def writing_for(config: ModelConfig) -> Writing:
+    """Prompts without padding, with it on the left and on the right with a hole, as much as the context has room for."""
+    rng = stream(0, "scenarios")
+    T = max(1, min(PROMPT, config.context_length // 2))
+    real = np.ones((ROWS, T), np.bool_)
+    real[1, : T // 2] = False
+    real[2, [T - 1, T // 3] if T > 3 else []] = False
+    prompts = rng.integers(0, config.vocab_size, (ROWS, T))
+    source = source_real = None
+    if config.architecture == "encoder-decoder":
+        S = min(7, config.context_length)
+        source = rng.integers(0, config.source_vocab_size, (ROWS, S))
+        source_real = np.ones((ROWS, S), np.bool_)
+        source_real[1, : S // 3] = False
+        source_real[2, S - S // 3 :] = False
+    return Writing(prompts, real, source, source_real)
+
+
+def scenarios(config: ModelConfig, writing: Writing) -> list[Scenario]:
+    """Greedy with a stop token, and sampled with everything, before anybody knows where they end."""
+    new = min(NEW, config.context_length - writing.prompts.shape[1])
+    allowed = stream(0, "scenarios/allowed").random((ROWS, new, config.vocab_size)) < 0.7
+    allowed[..., 0] = True
+    return [
+        Scenario("greedy", new),
+        Scenario("sampled", new, SAMPLING, allowed=allowed, sequences=SEQUENCES),
+    ]
+
+
+def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> list[Search]:
+    """Both penalties on the case's model, and one where every continuation ties."""
+    new = min(SEARCHED, config.context_length - writing.prompts.shape[1])
+    allowed = stream(0, "scenarios/beams").random((1, new, config.vocab_size)) < 0.8
+    allowed[..., 0] = True
+    # with all sums equal the first ids go on: a stop token among them, and of more tokens than the beam is wide
+    tied_stop = tuple(token for token in (1,) if token < config.vocab_size)
+    return [
+        Search("mean", BEAMS["mean"], new, stop),
+        Search("gnmt", BEAMS["gnmt"], new, stop, allowed),
+        Search("all equal", BEAMS["mean"], new, tied_stop, tied=True),
+    ]

@@ -1,0 +1,155 @@
+"""Training runs: of either twin's trainer, and one put together by the judge in NumPy.
+
+The judge's own run takes nothing from a trainer: the model's output and gradients come from the runs that the rungs
+below have judged, keys, loss, sums, division, clipping and AdamW are written here from ``docs/contract.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twinformer.data.batch import Batch
+from twinformer.learning import Evaluation, Trainer, TrainingConfig
+from twinformer.parity.case import Case
+from twinformer.parity.compare import FloatArray, widened
+from twinformer.parity.philox import fold, random_key
+
+if TYPE_CHECKING:
+    from twinformer.parity.twins import Twin
+
+Leaves = dict[str, FloatArray]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step told, and by how much it moved every parameter."""
+
+    loss: float
+    gradient_norm: float
+    count: float
+    learning_rate: float
+    updates: Leaves
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run. ``state``: what is kept besides the parameters, by name, after the last step; ``weights``: what would be
+    saved; ``evaluation``: of the first micro-batch, with those (None: not asked for)."""
+
+    steps: tuple[Step, ...]
+    state: Leaves
+    weights: Leaves
+    evaluation: Evaluation | None = None
+
+
+def train(
+    trainer: Trainer, tensors: Mapping[str, Any], lessons: Sequence[Sequence[Batch]], *, evaluate: bool
+) -> Trained:
+    """Every step of a twin's trainer, from these weights."""
+    state = trainer.init(tensors)
+    before = _parameters(trainer.export_state(state))
+    steps = []
+    for batches in lessons:
+        state, metrics = trainer.step(state, batches)
+        after = _parameters(trainer.export_state(state))
+        steps.append(
+            Step(
+                float(metrics.loss),
+                float(metrics.gradient_norm),
+                float(metrics.count),
+                metrics.learning_rate,
+                {path: leaf - before[path] for path, leaf in after.items() if path in before},
+            )
+        )
+        before = after
+    kept = {name: widened(leaf) for name, leaf in trainer.export_state(state).items() if name.startswith("optimizer/")}
+    weights = {path: widened(leaf) for path, leaf in trainer.weights(state).items()}
+    return Trained(tuple(steps), kept, weights, trainer.evaluate(state, lessons[0][0]) if evaluate else None)
+
+
+def _parameters(exported: Mapping[str, npt.NDArray[Any]]) -> Leaves:
+    prefix = "parameters/"
+    return {name.removeprefix(prefix): widened(x) for name, x in exported.items() if name.startswith(prefix)}
+
+
+# ---- the judge's own
+
+
+def train_by_hand(twin: Twin, case: Case, training: TrainingConfig, lessons: Sequence[Sequence[Batch]]) -> Trained:
+    """The same run, put together from ``twin``'s model and AdamW in NumPy, in float64."""
+    case = case.in_dtype("float64")
+    w = {path: widened(tensor) for path, tensor in case.tensors.items()}
+    m, v = ({path: np.zeros_like(leaf) for path, leaf in w.items()} for _ in range(2))
+    ema = {path: leaf.copy() for path, leaf in w.items()}
+    config, decay = training.optimizer, training.optimizer.ema_decay or 0.0
+    steps = []
+    for s, batches in enumerate(lessons):
+        loss, norm, count, g = mean_gradients(twin, dataclasses.replace(case, tensors=dict(w)), training, batches, s)
+        if config.clip_norm is not None and norm > config.clip_norm:
+            g = {path: leaf * (config.clip_norm / norm) for path, leaf in g.items()}
+        rate = training.schedule.learning_rate(s)
+        updates = {}
+        for path, leaf in g.items():
+            m[path] = config.beta1 * m[path] + (1 - config.beta1) * leaf
+            v[path] = config.beta2 * v[path] + (1 - config.beta2) * leaf**2
+            m_hat, v_hat = m[path] / (1 - config.beta1 ** (s + 1)), v[path] / (1 - config.beta2 ** (s + 1))
+            d = m_hat / (np.sqrt(v_hat) + config.eps)
+            new = w[path] - rate * (d + (config.weight_decay * w[path] if config.decays(path) else 0.0))
+            updates[path], w[path] = new - w[path], new
+            ema[path] = decay * ema[path] + (1 - decay) * new
+        steps.append(Step(loss, norm, count, rate, updates))
+    kept = {f"optimizer/exp_avg/{path}": leaf for path, leaf in m.items()}
+    kept |= {f"optimizer/exp_avg_sq/{path}": leaf for path, leaf in v.items()}
+    kept |= {f"optimizer/ema/{path}": leaf for path, leaf in ema.items()}
+    kept["optimizer/step"] = np.array(float(len(lessons)))
+    return Trained(tuple(steps), kept, ema, _evaluated(twin, dataclasses.replace(case, tensors=dict(ema)), lessons[0][0]))
+
+
+def mean_gradients(
+    twin: Twin, case: Case, training: TrainingConfig, batches: Sequence[Batch], s: int
+) -> tuple[float, float, float, Leaves]:
+    """Loss, norm, number of targets and gradient of the mean over all targets of the micro-batches of step ``s``."""
+    total, count, sums = 0.0, 0, {path: np.zeros(leaf.shape) for path, leaf in case.tensors.items()}
+    for place, batch in enumerate(batches):
+        key = fold(fold(random_key(training.seed), s), place)
+        inputs = batch.inputs | ({"rng": np.array(key, np.int64)} if training.dropout else {})
+        asked = dataclasses.replace(case, inputs=inputs)
+        logits = twin.run(asked, detail="blocks").output
+        loss, slope = cross_entropy(logits, batch, training.smoothing, training.z_loss)
+        total, count = total + loss, count + batch.count
+        if batch.count:
+            pulled = twin.run(dataclasses.replace(asked, cotangent=slope), gradients=True, detail="blocks")
+            sums = {path: leaf + pulled.gradients[path] for path, leaf in sums.items()}
+    if not count:
+        return 0.0, 0.0, 0.0, sums
+    means = {path: leaf / count for path, leaf in sums.items()}
+    norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in means.values()))
+    return total / count, norm, float(count), means
+
+
+def cross_entropy(logits: FloatArray, batch: Batch, smoothing: float, z_loss: float) -> tuple[float, FloatArray]:
+    """The sum over the places that count, and its gradient with respect to the logits."""
+    V = logits.shape[-1]
+    real = batch.real
+    peak = logits.max(-1, keepdims=True)
+    log_sum = peak + np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+    targets = np.where(real, batch.targets, 0)[..., None]
+    losses = (1 - smoothing) * (log_sum - np.take_along_axis(logits, targets, -1))
+    losses = losses + smoothing * (log_sum - logits.mean(-1, keepdims=True)) + z_loss * log_sum**2
+    wanted = np.full_like(logits, smoothing / V)
+    np.put_along_axis(wanted, targets, np.take_along_axis(wanted, targets, -1) + 1 - smoothing, -1)
+    slope = np.exp(logits - log_sum) * (1 + 2 * z_loss * log_sum) - wanted
+    return float(losses[..., 0][real].sum()), np.where(real[..., None], slope, 0.0)
+
+
+def _evaluated(twin: Twin, case: Case, batch: Batch) -> Evaluation:
+    logits = twin.run(dataclasses.replace(case, inputs=batch.inputs), detail="blocks").output
+    total, _ = cross_entropy(logits, batch, 0.0, 0.0)
+    return Evaluation(total, batch.count, int((logits.argmax(-1) == batch.targets)[batch.real].sum()))

@@ -1,0 +1,131 @@
+"""What both twins write with, behind one interface: NumPy in, NumPy out."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import flax_impl.beam
+import flax_impl.generation
+import flax_impl.sampling
+import torch_impl.beam
+import torch_impl.generation
+import torch_impl.sampling
+from twinformer.decoding import Beams, Generated, SamplingConfig
+from twinformer.parity.compare import FloatArray
+
+Array = npt.NDArray[Any]
+Ids = npt.NDArray[np.int64]
+
+
+class Chooser(Protocol):
+    """From logits ``[B, V]`` to tokens."""
+
+    def processed(self, config: SamplingConfig, logits: FloatArray, seen: Array) -> Array:
+        """What the processors of the config make of logits."""
+
+    def greedy(self, logits: FloatArray) -> Ids:
+        """The first token of each row."""
+
+    def draw(self, logits: FloatArray, uniforms: Array) -> Ids:
+        """The token that each number leads to."""
+
+    def uniforms(self, seed: int, rows: Array, step: int) -> Array:
+        """The numbers of these rows' token ``step``."""
+
+
+class Writer(Protocol):
+    """A model that writes. Options are those of ``Generator`` and of ``beam_search``."""
+
+    def generate(self, prompts: Array, **options: Any) -> Generated:
+        """Tokens after each prompt."""
+
+    def stream(self, prompts: Array, **options: Any) -> list[tuple[Array, Array]]:
+        """The same, step by step."""
+
+    def score(self, prompts: Array, continuations: Array, **options: Any) -> Array:
+        """Log-probabilities of what somebody wrote."""
+
+    def search(self, prompts: Array, **options: Any) -> Beams:
+        """The best continuations of each prompt."""
+
+
+class TorchChooser:
+    def processed(self, config: SamplingConfig, logits: FloatArray, seen: Array) -> Array:
+        x, marks = torch.from_numpy(logits.copy()), torch.from_numpy(np.array(seen))
+        for process in torch_impl.sampling.processors(config):
+            x = process(x, marks)
+        return x.numpy()
+
+    def greedy(self, logits: FloatArray) -> Ids:
+        return torch_impl.sampling.greedy(torch.from_numpy(logits.copy())).numpy().astype(np.int64)
+
+    def draw(self, logits: FloatArray, uniforms: Array) -> Ids:
+        chosen = torch_impl.sampling.draw(torch.from_numpy(logits.copy()), torch.from_numpy(uniforms.copy()))
+        return chosen.numpy().astype(np.int64)
+
+    def uniforms(self, seed: int, rows: Array, step: int) -> Array:
+        keys = torch_impl.sampling.sequence_keys(seed, torch.from_numpy(np.array(rows)))
+        return torch_impl.sampling.uniforms(keys, step).numpy()
+
+
+class FlaxChooser:
+    def processed(self, config: SamplingConfig, logits: FloatArray, seen: Array) -> Array:
+        x = jnp.asarray(logits)
+        for process in flax_impl.sampling.processors(config):
+            x = process(x, jnp.asarray(seen))
+        return np.asarray(x)
+
+    def greedy(self, logits: FloatArray) -> Ids:
+        return np.asarray(flax_impl.sampling.greedy(jnp.asarray(logits))).astype(np.int64)
+
+    def draw(self, logits: FloatArray, uniforms: Array) -> Ids:
+        return np.asarray(flax_impl.sampling.draw(jnp.asarray(logits), jnp.asarray(uniforms))).astype(np.int64)
+
+    def uniforms(self, seed: int, rows: Array, step: int) -> Array:
+        keys = flax_impl.sampling.sequence_keys(seed, jnp.asarray(rows))
+        return np.asarray(flax_impl.sampling.uniforms(keys, step))
+
+
+class ModelWriter:
+    """Either twin's: generators and beam searches take NumPy and give NumPy."""
+
+    def __init__(self, model: Any, generation: Any, beam: Any, bucket: int) -> None:
+        self._model, self._generation, self._beam, self._bucket = model, generation, beam, bucket
+        self._generator = generation.Generator(model, bucket=bucket)
+
+    def generate(self, prompts: Array, **options: Any) -> Generated:
+        written: Generated = self._generator(prompts, **options)
+        return written
+
+    def stream(self, prompts: Array, **options: Any) -> list[tuple[Array, Array]]:
+        return [(np.array(tokens), np.array(live)) for tokens, live in self._generator.stream(prompts, **options)]
+
+    def score(self, prompts: Array, continuations: Array, **options: Any) -> Array:
+        native = {name: self._native(value) for name, value in options.items()}
+        scores = self._generation.score(self._model, self._native(prompts), self._native(continuations), **native)
+        return scores.detach().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores)
+
+    def search(self, prompts: Array, **options: Any) -> Beams:
+        found: Beams = self._beam.beam_search(self._model, prompts, bucket=self._bucket, **options)
+        return found
+
+    def _native(self, array: Array | None) -> Any:
+        return array
+
+
+class TorchWriter(ModelWriter):
+    def __init__(self, model: Any, bucket: int) -> None:
+        super().__init__(model, torch_impl.generation, torch_impl.beam, bucket)
+
+    def _native(self, array: Array | None) -> Any:
+        return None if array is None else torch.from_numpy(np.array(array))
+
+
+class FlaxWriter(ModelWriter):
+    def __init__(self, model: Any, bucket: int) -> None:
+        super().__init__(model, flax_impl.generation, flax_impl.beam, bucket)
