@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from flax_impl.cache import _is_ring, reorder_cache
+from flax_impl.cache import _is_ring, _packed_cache, _unpacked_cache, reorder_cache
 from flax_impl.generation import (
     Allowed,
     Prompts,
@@ -144,19 +144,22 @@ def _run(
     model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
     B, T = ask.prompts.shape
     logits, cache = _read_prompts(model, ask, _slots(model, T + M))
-    cache = reorder_cache(cache, jnp.repeat(jnp.arange(B, dtype=jnp.int32), W))
+    G = model.config.num_kv_heads
+    cache = reorder_cache(_unpacked_cache(cache, B, G), jnp.repeat(jnp.arange(B, dtype=jnp.int32), W))
     step = _advance_of(model)
 
     def advance(
         tokens: Int[Array, "B W"], parents: Int[Array, "B W"], live: Bool[Array, "B W"], cache: Any
     ) -> tuple[Float[Array, "B W V"], Any]:
         rows = (jnp.arange(B, dtype=jnp.int32)[:, None] * W + parents).reshape(-1)
-        own = {name: part for name, part in cache.items() if name != "memory"}  # a row's hypotheses share one memory
-        logits, cache = step(tokens.reshape(-1), live.reshape(-1), {**cache, **reorder_cache(own, rows)})
+        whole = _unpacked_cache(cache, B * W, G)
+        own = {name: part for name, part in whole.items() if name != "memory"}  # a row's hypotheses share one memory
+        reordered = _packed_cache({**whole, **reorder_cache(own, rows)})
+        logits, cache = step(tokens.reshape(-1), live.reshape(-1), reordered)
         return logits.reshape(B, W, -1), cache
 
     logits = jnp.broadcast_to(logits[:, None], (B, W, logits.shape[-1]))
-    return _search(logits, cache, advance, ask, rules, num_best, M)
+    return _search(logits, _packed_cache(cache), advance, ask, rules, num_best, M)
 
 
 def _slots(model: Writer, needed: int) -> int:

@@ -120,7 +120,10 @@ class _Slots:
         T = new.shape[axis]
         if T == 1 or not self.ring:
             start = self.step % self.count if self.ring else self.step
-            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
+            core = _core(old)
+            return jax.lax.dynamic_update_slice_in_dim(core, _core(new), start, axis + core.ndim - old.ndim).reshape(
+                old.shape
+            )
         # the last of the new ones that falls into each slot
         source = T - 1 - (self.step + T - 1 - jnp.arange(self.count, dtype=jnp.int32)) % self.count
         shape = [self.count if i == axis else 1 for i in range(old.ndim)]
@@ -188,6 +191,35 @@ def _open_cache(
         "step": step + T,
     }
     return _Places(slots, positions, key_positions, (seen & real_keys[:, None, :])[:, None]), opened
+
+
+def _core(buffer: Array) -> Array:
+    """A buffer without axes of size 1 before the last two."""
+    return buffer.reshape(*(n for n in buffer.shape[:-2] if n != 1), *buffer.shape[-2:])
+
+
+def _packed_cache(cache: Mapping[str, Any]) -> Cache:
+    """For a compiled loop: buffers in the form in which they are written and multiplied.
+
+    XLA drops axes of size 1 before it multiplies. If a loop carried them, it would make the form that is multiplied and
+    the form that is carried from the old buffer one by one, and copy the buffer for each.
+    """
+    return {
+        **cache,
+        "blocks": {i: {name: _core(part) for name, part in kept.items()} for i, kept in cache["blocks"].items()},
+    }
+
+
+def _unpacked_cache(cache: Mapping[str, Any], batch: int, groups: int) -> Cache:
+    """The cache that ``_packed_cache`` was given."""
+
+    def whole(name: str, part: Array) -> Array:
+        return part if name == "broken" else part.reshape(batch, groups, *part.shape[-2:])
+
+    return {
+        **cache,
+        "blocks": {i: {name: whole(name, part) for name, part in kept.items()} for i, kept in cache["blocks"].items()},
+    }
 
 
 def _indices(step: Int[Array, ""], C: int) -> Int[Array, " {C}"]:

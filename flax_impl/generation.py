@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int, Integer
 
-from flax_impl.cache import _empty_cache, _is_ring
+from flax_impl.cache import _empty_cache, _is_ring, _packed_cache, _unpacked_cache
 from flax_impl.linear import extremes, wide_dtype
 from flax_impl.models import EncoderDecoder, LanguageModel
 from flax_impl.sampling import draw, greedy, processors, sequence_keys, uniforms
@@ -427,7 +427,7 @@ class _Written(NamedTuple):
 
 
 def _read_prompts(model: Writer, ask: _Ask, slots: int) -> tuple[Float[Array, "B V"], Any]:
-    """The logits after the prompts, and the cache that holds them."""
+    """The logits after the prompts, and the cache that holds them, packed."""
     B, T = ask.prompts.shape
     H_enc = None
     if isinstance(model, EncoderDecoder):
@@ -436,15 +436,16 @@ def _read_prompts(model: Writer, ask: _Ask, slots: int) -> tuple[Float[Array, "B
     cache = _empty_cache(model, B, slots, H_enc, ask.source_real)
     last = jnp.full(B, T - 1, jnp.int32)
     logits, cache = model._step(ask.prompts, cache, ask.real, None, last, fresh=True)
-    return logits[:, 0], cache
+    return logits[:, 0], _packed_cache(cache)
 
 
 def _advance_of(model: Writer) -> Advance:
-    """One more token of each row; rows that are not live get padding."""
+    """One more token of each row, on a packed cache; rows that are not live get padding."""
 
     def advance(tokens: Int[Array, " B"], live: Bool[Array, " B"], cache: Any) -> tuple[Float[Array, "B V"], Any]:
-        logits, cache = model._step(tokens[:, None], cache, live[:, None], None, None)
-        return logits[:, 0], cache
+        whole = _unpacked_cache(cache, len(tokens), model.config.num_kv_heads)
+        logits, cache = model._step(tokens[:, None], whole, live[:, None], None, None)
+        return logits[:, 0], _packed_cache(cache)
 
     return advance
 

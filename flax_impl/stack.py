@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
 from flax_impl.attention import Mask
 from flax_impl.block import Block
@@ -162,7 +162,10 @@ class TransformerStack(nnx.Module):
         return kept
 
     def _bias(
-        self, query: Positions, key: Positions, bias: Float[Array | np.ndarray, "..."] | None = None
+        self,
+        query: Positions,
+        key: Integer[Array | np.ndarray, "#B S"],
+        bias: Float[Array | np.ndarray, "..."] | None = None,
     ) -> Float[Array, "..."] | None:
         """The bias of the positions of queries and keys, wide, plus that of the caller."""
         if self.relative_bias is not None:

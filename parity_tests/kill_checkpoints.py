@@ -34,7 +34,7 @@ from rich.console import Console
 from parity_tests.numpy_trainer import NumpyTrainer, Tokens, tiny_config
 from twinformer.checkpoint import read_model
 from twinformer.errors import CheckpointError
-from twinformer.runs import checkpoints
+from twinformer.runs import records
 from twinformer.runs.checkpoints import CheckpointStore
 from twinformer.runs.log import MetricsLog
 from twinformer.runs.loop import Run
@@ -56,10 +56,8 @@ class InPlace(CheckpointStore):
 
     def last(self):
         for step, directory in self._directories():
-            if (directory / checkpoints.RECORD_FILE).is_file():
-                return checkpoints.Checkpoint(
-                    directory, step, json.loads((directory / checkpoints.RECORD_FILE).read_text())
-                )
+            if (directory / records.RECORD_FILE).is_file():
+                return records.Checkpoint(directory, step, json.loads((directory / records.RECORD_FILE).read_text()))
         return None
 
 
@@ -77,7 +75,7 @@ class OneBehind(CheckpointStore):
 
     def last(self):
         found = [directory for _, directory in self._directories()]
-        return checkpoints.verify(found[min(1, len(found) - 1)], run=self.run) if found else None
+        return records.verify(found[min(1, len(found) - 1)], run=self.run) if found else None
 
 
 FAULTS = {"none": CheckpointStore, "in-place": InPlace, "removes-first": RemovesFirst, "one-behind": OneBehind}

@@ -17,7 +17,8 @@ from parity_tests.numpy_trainer import in_memory, tiny_config
 from twinformer.checkpoint import read_model
 from twinformer.errors import CheckpointError, WeightsError
 from twinformer.runs import checkpoints
-from twinformer.runs.checkpoints import RECORD_FILE, STATE_FILE, CheckpointStore, verify
+from twinformer.runs.checkpoints import CheckpointStore
+from twinformer.runs.records import RECORD_FILE, STATE_FILE, digest, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRESS = {"progress": {"best": {"step": 1, "loss": 0.1 + 0.2}}}
@@ -135,6 +136,8 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_is_taken(store, told, name
     assert "step-00000002" in told[0]
     assert name in told[0]
     assert "going back to the one before: step 1" in told[1]
+    save(store, 2)  # the run comes by that step again
+    assert holds(store.last(), 2)
 
 
 def test_a_checkpoint_of_another_run_is_refused(store, told, tmp_path):
@@ -179,7 +182,7 @@ def test_a_record_that_names_files_elsewhere_reads_none_of_them(store, tmp_path)
     record = json.loads(file.read_text())
     record["states"] = {"torch": "../../secret"}
     record["files"]["../../secret"] = "0" * 64
-    record["digest"] = checkpoints._digest(record)
+    record["digest"] = digest(record)
     file.write_text(json.dumps(record))
     (tmp_path / "secret").write_text("x")
     with pytest.raises(CheckpointError, match=r"\.\./\.\./secret: missing"):

@@ -11,7 +11,6 @@ from parity_tests.helpers import TORCH
 from twinformer.data.guitar.arpeggio import (
     CHORDS,
     MAX_NOTES,
-    PATTERNS,
     REACH,
     SIZES,
     ambiguity,
@@ -100,8 +99,8 @@ PINNED = {"train": "577a6cd530573efc", "valid": "a1c88f0047c33efe", "test": "a05
 
 
 def test_most_notes_are_ambiguous():
-    """93.6 % noted for the task, 93.5 % of all 12,000 training sequences here. The notes of a sequence hang together: on
-    1,500 sequences the standard error, taken over sequences, is 0.2 %."""
+    """93.6 % noted for the task, 93.5 % of all 12,000 training sequences here. The notes of a sequence hang together:
+    on 1,500 sequences the standard error, taken over sequences, is 0.2 %."""
     data = some("train", 1500)
     per_sequence = np.array([[sum(len(strings_for(p)) > 1 for p in s.pitches), len(s.pitches)] for s in data])
     residual = per_sequence[:, 0] - ambiguity(data) * per_sequence[:, 1]
@@ -134,8 +133,8 @@ def test_lowest_fret_by_hand():
 
 
 def test_the_rules_on_the_test_part():
-    """Noted: lowest fret 50.9 %, a Viterbi path 74.1 %. Sequences are drawn from 61 shapes, and over twelve other splits of
-    the shapes the lowest fret varied by 4.3 points (one standard deviation): so ours must lie within 9. This
+    """Noted: lowest fret 50.9 %, a Viterbi path 74.1 %. Sequences are drawn from 61 shapes, and over twelve other
+    splits of the shapes the lowest fret varied by 4.3 points (one standard deviation): so ours must lie within 9. This
     Viterbi path remembers the hand through open strings and does better than the one noted."""
     data = sequences("test")
     pitches = [s.pitches for s in data]

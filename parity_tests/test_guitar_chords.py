@@ -8,6 +8,15 @@ import pytest
 
 from parity_tests.guitar_files import SHARED_GUITAR, needs_guitar
 from twinformer.data.guitar import fretboard
+from twinformer.data.guitar.chord_tasks import (
+    Pair,
+    fingers_by_rule,
+    frets_by_rule,
+    frets_to_fingers,
+    notes_to_frets,
+    pairs,
+    report,
+)
 from twinformer.data.guitar.chords import (
     INTERVALS,
     Chord,
@@ -115,7 +124,7 @@ def test_a_chord_by_its_name():
     assert table.named("Db", "m7") == table.named("Csharp", "m7") != ()
     assert table.named("C")[0].frets == C_MAJOR.frets
     assert allowed_classes("A", "m/G#") == {9, 0, 4, 8}
-    with pytest.raises(InputError, match="root: expected one of C, .*got 'H'"):
+    with pytest.raises(InputError, match=r"root: expected one of C, .*got 'H'"):
         table.named("H")
     for suffix in ("maj12", "x/B", "m/H", "/"):
         with pytest.raises(InputError, match="suffix: expected one of major"):
@@ -170,3 +179,41 @@ def test_the_split_is_that_of_the_hash():
     assert not parts["train"] & parts["test"]
     assert not parts["valid"] & parts["test"]
     assert {name: len(shapes) for name, shapes in parts.items()} == {"train": 557, "valid": 70, "test": 61}
+
+
+# ---- small tasks and their rules
+
+
+def test_the_rules_by_hand():
+    assert frets_by_rule([48, 52, 55, 60, 64]) == (-1, 3, 2, 0, 1, 0)
+    assert frets_by_rule([64, 40]) == (0, -1, -1, -1, -1, 0)  # in any order
+    assert frets_by_rule([59, 59]) == (-1, -1, -1, 4, 0, -1)  # twice the same pitch: two strings
+    for pitches in ([41, 79], [40, 41, 42], [39]):
+        with pytest.raises(InputError, match="pitches that one hand can play together"):
+            frets_by_rule(pitches)
+    assert fingers_by_rule((1, 3, 3, 2, 1, 1)) == (1, 3, 4, 2, 1, 1)  # a barre
+    assert fingers_by_rule((3, 2, 0, 0, 0, 3)) == (2, 1, 0, 0, 0, 3)
+    assert fingers_by_rule((-1, 0, 2, 2, 2, 0)) == (0, 0, 1, 1, 1, 0)
+    assert fingers_by_rule((-1, -1, 5, 5, 5, 8)) == (0, 0, 1, 1, 1, 4)
+    assert fingers_by_rule((0, 0, -1, 0, 0, 0)) == (0,) * 6
+
+
+def test_the_rules_on_the_table():
+    """Noted: 86.1 / 83.3 / 92.6 % for frets and 80.1 / 83.3 / 69.5 % for fingers (all / valid / test), on another
+    split; with some 200 records in a part two standard errors are 5 points, and this rule for fingers is a better
+    one."""
+    found = report()
+    rounded = {task: {name: round(value, 1) for name, value in parts.items()} for task, parts in found.items()}
+    assert rounded == {
+        "notes to frets": {"all": 86.5, "train": 85.8, "valid": 87.5, "test": 91.2},
+        "frets to fingers": {"all": 83.8, "train": 83.4, "valid": 87.0, "test": 83.4},
+    }
+    assert abs(found["notes to frets"]["all"] - 86.1) < 1
+
+
+def test_examples_as_pairs():
+    assert notes_to_frets(C_MAJOR) == Pair("48 52 55 60 64", "x 3 2 0 1 0")
+    assert frets_to_fingers(C_MAJOR) == Pair("x 3 2 0 1 0", "0 3 2 0 1 0")
+    assert len(pairs("notes to frets", "valid")) == len(load_chords().part("valid")) == 216
+    with pytest.raises(InputError, match="expected one of notes to frets, frets to fingers, got 'names'"):
+        pairs("names", "valid")

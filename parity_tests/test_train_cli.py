@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -23,12 +22,14 @@ from twinformer.data.guitar.arpeggio import score, sequences
 from twinformer.data.guitar.baselines import lowest_fret
 from twinformer.initializers import initial_weights
 from twinformer.presets import preset
-from twinformer.runs import backends
+from twinformer.runs import backends, session
 from twinformer.runs.data import KINDS, open_data, with_defaults
-from twinformer.runs.evaluate import evaluate, find
+from twinformer.runs.evaluate import evaluate
 from twinformer.runs.log import read_metrics
+from twinformer.runs.loop import Run
 from twinformer.runs.model import model_config
 from twinformer.runs.options import RunOptions, described, read_toml
+from twinformer.runs.subjects import find
 from twinformer.tokenization import Tokenizer
 
 SMALL = ["--steps", "4", "--valid-every", "2", "--width", "16", "--layers", "1", "--heads", "2", "--batch-size", "4"]
@@ -36,9 +37,16 @@ TEXT = [*SMALL, "--length", "16", "--vocabulary", "words", "--log-every", "1"]
 FEW = {"steps": 2, "batch_size": 4, "length": 16, "vocabulary": "words"}
 
 
+@pytest.fixture
+def drawn():
+    """Asked for by a test that wants its curves drawn."""
+
+
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _quick(monkeypatch, request):
     monkeypatch.setattr(backends, "product_rate", lambda backend, dtype: 1e9)
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(session, "draw", lambda directory: None)
 
 
 @pytest.fixture
@@ -101,7 +109,7 @@ def refused(*arguments, words, code=2):
 # ---- a run
 
 
-def test_train_go_on_evaluate(tmp_path, text):
+def test_train_go_on_evaluate(tmp_path, text, drawn):
     place = tmp_path / "run"
     done = good("train", "--out", place, "--data", f"text:{text}", *TEXT, "--set", "optimizer.ema_decay=0.5")
     assert "finished after step 4, saved" in done.output
@@ -232,40 +240,44 @@ def test_a_model_is_trained_further_on_its_own_vocabulary(tmp_path, text):
 # ---- stopped
 
 
-def started(place, *arguments):
-    command = [sys.executable, "-m", "twinformer.cli", "train", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+MANY = [*TEXT, "--steps", "1000000", "--valid-every", "1000000", "--save-every", "1000000"]
 
 
-def lines_of(place):
-    file = place / "metrics.jsonl"
-    return len(read_metrics(file)) if file.is_file() else 0
-
-
-def stopped(process, place, number):
-    """Send the signal once the run has noted some more losses; the exit code and all that was said."""
-    before, end = lines_of(place), time.monotonic() + 120
-    while lines_of(place) < before + 5:
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, text):
+    """A process of its own, with curves and all."""
+    place = tmp_path / "run"
+    command = [sys.executable, "-m", "twinformer.cli", "train", "--out", place, "--data", f"text:{text}", *MANY]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 120
+    while not ((place / "metrics.jsonl").is_file() and len(read_metrics(place / "metrics.jsonl")) > 5):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
-    return process.returncode, said
-
-
-def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(tmp_path, text):
-    place = tmp_path / "run"
-    many = [*TEXT, "--steps", "1000000", "--valid-every", "1000000", "--save-every", "1000000"]
-    code, said = stopped(started(place, "--out", place, "--data", f"text:{text}", *many), place, signal.SIGTERM)
-    assert code == 143, said
+    assert process.returncode == 143, said
     assert f"go on with: twinformer train --resume {place}" in said
-    (first,) = (place / "checkpoints").glob("step-*")
-    code, said = stopped(started(place, "--resume", place), place, signal.SIGINT)
-    assert code == 130, said
-    assert f"going on from step {int(first.name[5:])}" in said
+    (saved,) = (place / "checkpoints").glob("step-*")
     steps = [record["step"] for record in read_metrics(place / "metrics.jsonl") if record["kind"] == "train"]
-    assert steps == list(range(1, len(steps) + 1))
+    assert steps == list(range(1, int(saved.name[5:]) + 1))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_in_the_middle_of_a_step(tmp_path, text, monkeypatch, number, code):
+    place, one_step = tmp_path / "run", Run._one_step
+
+    def with_signal(self):
+        if self.step == 3:
+            signal.raise_signal(number)
+        one_step(self)
+
+    monkeypatch.setattr(Run, "_one_step", with_signal)
+    done = run("train", "--out", place, "--data", f"text:{text}", *MANY)
+    assert done.exit_code == code, done.output
+    assert "stopped after step 4, saved" in done.output
+    assert (place / "checkpoints" / "step-00000004").is_dir()
+    monkeypatch.undo()
+    assert "going on from step 4" in good("train", "--resume", place, "--minutes", "0.0001").output
 
 
 # ---- the kinds of data
@@ -324,10 +336,10 @@ def test_a_tab_marks_what_was_played_elsewhere():
     from twinformer.runs.guitar import draw_tab
 
     assert draw_tab([(5, 3), (0, 12), (1, 0)], [5, 1, 1]) == [
-        "  e|3-----|",
-        "  B|------|",
-        "  G|------|",
-        "  D|------|",
+        "  e|3------|",
+        "  B|-------|",
+        "  G|-------|",
+        "  D|-------|",
         "  A|------0|",
         "  E|--12!--|",
     ]

@@ -13,7 +13,7 @@ from torch_impl.masks import Mask, masked_softmax, quarantine
 from torch_impl.weights import initialize
 from twinformer.checks import check_activations, check_sizes
 from twinformer.config import DType
-from twinformer.errors import InputError
+from twinformer.errors import InputError, Problems
 
 
 def attend(
@@ -198,6 +198,7 @@ class AttentionLayer(nn.Module):
         """
         if not torch.compiler.is_compiling():
             check_activations("AttentionLayer", X=X, model_dim=self.model_dim, positions=positions)
+            _check_kept(X, K, V, broken, self.num_kv_heads)
         X, lost = _spared(X.to(self.compute_dtype))
         Q, broken_query = quarantine(self.query(X))
         Q = self._heads(Q, self.num_heads)
@@ -248,3 +249,18 @@ def _spared(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[Ten
 
 def _either(one: Bool[Tensor, "B T"] | None, other: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     return other if one is None else one | other
+
+
+def _check_kept(X: Tensor, K: Tensor, V: Tensor, broken: Tensor, heads: int) -> None:
+    """Raise InputError unless keys, values and broken rows are of one batch, that of X, and of one length."""
+    rows = (X.shape[0], heads, K.shape[2] if K.ndim == 4 else 0)
+    if K.shape[:3] == rows == V.shape[:3] and broken.shape == (rows[0], rows[2]):
+        return
+    problems = Problems("AttentionLayer", InputError)
+    have, want = tuple(K.shape), rows[:2]
+    problems.expect(have[:2] == want, f"K: expected [B, G, S, K] with B, G = {want}, got shape {have}")
+    have = tuple(V.shape)
+    problems.expect(have[:3] == rows, f"V: expected [B, G, S, J] with B, G, S = {rows}, got shape {have}")
+    have = tuple(broken.shape)
+    problems.expect(have == rows[::2], f"broken: expected shape [B, S] = {rows[::2]}, got {have}")
+    problems.raise_if_any()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from torch_impl.generation import AnyFlags, AnyIds, Ids, _Runner, _Task, _Writer
+from torch_impl.generation import AnyFlags, AnyIds, Ids, _host, _Runner, _Task, _Writer
 from torch_impl.linear import wide_dtype
 from torch_impl.models import EncoderDecoder, LanguageModel
 from torch_impl.sampling import _first
@@ -47,7 +47,7 @@ def beam_search(
         raise InputError("beam_search", [f"stop: expected tokens only, got {len(stop.sequences)} sequences"])
     runner = _Runner("beam_search", model, slots, bucket, False)
     task = runner.task(prompts, padding_mask, source, source_padding_mask, max_new_tokens, stop, allowed=allowed)
-    hidden = None if allowed is None else ~torch.as_tensor(allowed).to(runner.device)
+    hidden = None if allowed is None else torch.from_numpy(~_host(allowed)).to(runner.device)
     return _search(runner.start(task, max_new_tokens), task, hidden, max_new_tokens, beam, stop, pad_id, runner.device)
 
 

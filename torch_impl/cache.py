@@ -156,6 +156,7 @@ def _begin(
     if positions is None:
         counted = cache["counted"][:, None]
         positions = counted + new if real is None else (counted + real.cumsum(-1) - 1).clamp(min=0)
+    positions = positions.long()
     if real is None:
         real = torch.ones(B, T, dtype=torch.bool, device=device)
     index = cache["step"] + new  # of the new positions

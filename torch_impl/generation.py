@@ -73,22 +73,8 @@ class Generator:
         is False at t, then processed as ``sampling`` says. Its random numbers depend on seed, row (``rows [B]``; None:
         ``0 … B - 1``) and t alone.
         """
-        steps = list(
-            self._steps(
-                prompts,
-                padding_mask,
-                source,
-                source_padding_mask,
-                max_new_tokens,
-                sampling,
-                stop,
-                seed,
-                rows,
-                allowed,
-                pad_id,
-            )
-        )
-        return _gathered(steps)
+        asked = (prompts, padding_mask, source, source_padding_mask, max_new_tokens, sampling, stop, seed, rows)
+        return _gathered(list(self._steps(*asked, allowed, pad_id)))
 
     def stream(
         self,
@@ -107,20 +93,8 @@ class Generator:
     ) -> Iterator[tuple[Ids, Flags]]:
         """The same tokens as they are written: after each step ``(tokens [B], live [B])``, live rows being those that
         wrote them."""
-        steps = self._steps(
-            prompts,
-            padding_mask,
-            source,
-            source_padding_mask,
-            max_new_tokens,
-            sampling,
-            stop,
-            seed,
-            rows,
-            allowed,
-            pad_id,
-        )
-        return ((step.tokens, step.live) for step in steps)
+        asked = (prompts, padding_mask, source, source_padding_mask, max_new_tokens, sampling, stop, seed, rows)
+        return ((step.tokens, step.live) for step in self._steps(*asked, allowed, pad_id))
 
     @property
     def compilations(self) -> int:
@@ -152,7 +126,7 @@ class Generator:
             sampling,
             sequence_keys(seed, _checked_rows(rows, B)).to(runner.device),
             _seen(task, vocab_size).to(runner.device) if sampling and sampling.repetition_penalty != 1 else None,
-            None if allowed is None else torch.as_tensor(allowed).to(runner.device),
+            None if allowed is None else torch.from_numpy(_host(allowed).copy()).to(runner.device),
         )
         return _write(runner.start(task, max_new_tokens), task, chooser, max_new_tokens, stop, pad_id)
 
@@ -325,7 +299,7 @@ class _Runner:
             max_new_tokens=max_new_tokens,
             stop=stop,
             seed=seed,
-            allowed=None if allowed is None else torch.as_tensor(allowed).cpu().numpy(),
+            allowed=None if allowed is None else _host(allowed),
         )
         tokens, real = self.read_prompts(prompts, padding_mask)
         longest = int(real.sum(-1).max())
@@ -336,7 +310,7 @@ class _Runner:
 
     def read_prompts(self, prompts: AnyIds, padding_mask: AnyFlags | None) -> tuple[Ids, Flags]:
         """Prompts and their real tokens, checked, as they came."""
-        _check_ids(self.where, "tokens", prompts, padding_mask, self.model.config.vocab_size)
+        _check_ids(self.where, "prompts", prompts, padding_mask, self.model.config.vocab_size, "padding_mask")
         tokens, real = _on_host(prompts, padding_mask)
         empty: Flags = ~np.logical_or.reduce(real, -1)
         if empty.any():
@@ -359,7 +333,8 @@ class _Runner:
         problems.raise_if_any()
         if source is None:
             return None, None
-        _check_ids(self.where, "source", source, padding_mask, self.model.config.source_vocab_size)
+        V = self.model.config.source_vocab_size
+        _check_ids(self.where, "source", source, padding_mask, V, "source_padding_mask")
         tokens, real = _on_host(source, padding_mask)
         N, longest = self.model.config.context_length, max(int(real.sum(-1).max(initial=0)), 1)
         problems.expect(len(tokens) == batch, f"source: expected the batch of prompts, B={batch}, got {len(tokens)}")
@@ -367,6 +342,7 @@ class _Runner:
         problems.raise_if_any()
         return _pack(tokens, real, min(caches._round_up(longest, self.bucket), N), left=True)
 
+    @torch.no_grad()
     def start(self, task: _Task, max_new_tokens: int) -> "_Cached":
         """A writer for the prompts of the task."""
         config = self.model.config
@@ -468,10 +444,13 @@ class _Cached:
 # ---- ids and masks
 
 
+def _host(values: AnyIds | AnyFlags) -> npt.NDArray[Any]:
+    return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
 def _on_host(ids: AnyIds, mask: AnyFlags | None) -> tuple[Ids, Flags]:
-    tokens = torch.as_tensor(ids).cpu().numpy().astype(np.int64)
-    real = np.ones(tokens.shape, np.bool_) if mask is None else torch.as_tensor(mask).cpu().numpy()
-    return tokens, real
+    tokens = _host(ids).astype(np.int64)
+    return tokens, np.ones(tokens.shape, np.bool_) if mask is None else _host(mask)
 
 
 def _pack(tokens: Ids, real: Flags, length: int, *, left: bool) -> tuple[Ids, Flags]:
@@ -486,24 +465,31 @@ def _pack(tokens: Ids, real: Flags, length: int, *, left: bool) -> tuple[Ids, Fl
     return packed, packed_real
 
 
-def _check_ids(where: str, name: str, ids: AnyIds, mask: AnyFlags | None, vocab_size: int) -> None:
+def _check_ids(where: str, name: str, ids: AnyIds, mask: AnyFlags | None, vocab_size: int, mask_name: str) -> None:
     """Shapes, dtypes, and the range of the ids that are real."""
-    fits = mask is None or (dtype_name(mask) == "bool" and tuple(mask.shape) == tuple(ids.shape))
-    plain = len(ids.shape) == 2 and dtype_name(ids) in INTEGERS
+    problems = Problems(where, InputError)
+    shape, kind = tuple(ids.shape), dtype_name(ids)
+    if mask is not None:
+        have, what = tuple(mask.shape), dtype_name(mask)
+        problems.expect(have == shape, f"{mask_name}: expected shape [B, T] = {shape}, got {have}")
+        problems.expect(what == "bool", f"{mask_name}: expected bool (True = real token), got {what}")
     lowest = highest = None
-    if fits and plain:
+    if not problems.found and kind in INTEGERS:
         tokens, real = _on_host(ids, mask)
         lowest, highest = extremes(torch.from_numpy(tokens[real]))
-    check_tokens(
-        where,
-        tokens=ids,
-        vocab_size=vocab_size,
-        context_length=ids.shape[1] if plain else 1,  # padding may go beyond it
-        lowest=lowest,
-        highest=highest,
-        name=name,
-        padding_mask=mask,
-    )
+    try:
+        check_tokens(
+            where,
+            tokens=ids,
+            vocab_size=vocab_size,
+            context_length=shape[1] if len(shape) == 2 else 1,  # what is too long is seen when padding is gone
+            lowest=lowest,
+            highest=highest,
+            name=name,
+        )
+    except InputError as error:
+        problems.found.extend(error.problems)
+    problems.raise_if_any()
 
 
 def _checked_rows(rows: AnyIds | None, B: int) -> Int64[Tensor, " B"]:
@@ -515,7 +501,7 @@ def _checked_rows(rows: AnyIds | None, B: int) -> Int64[Tensor, " B"]:
     kind = dtype_name(rows)
     problems.expect(kind in INTEGERS, f"rows: expected whole numbers, got dtype {kind}")
     problems.raise_if_any()
-    return torch.as_tensor(rows).cpu().long()
+    return torch.from_numpy(_host(rows).astype(np.int64))
 
 
 def _list(flags: Flags) -> list[int]:
@@ -544,7 +530,7 @@ def score(
     runner = _Runner("score", model, None, 1, False)
     N, V = model.config.context_length, model.config.vocab_size
     tokens, real = runner.read_prompts(prompts, padding_mask)
-    _check_ids("score", "continuations", continuations, continuation_mask, V)
+    _check_ids("score", "continuations", continuations, continuation_mask, V, "continuation_mask")
     others, others_real = _on_host(continuations, continuation_mask)
     problems = Problems("score", InputError)
     problems.expect(

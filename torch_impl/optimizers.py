@@ -267,7 +267,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     if len(flat) <= PIECE:
         return flat.dot(flat)
     # without a copy of x, and in pieces, whose sums have less rounding than one long sum
-    return torch.stack([piece.dot(piece) for piece in flat.split(PIECE)]).sum()
+    return torch.stack([piece.dot(piece) for piece in torch.split(flat, PIECE)]).sum()
 
 
 def _rms(x: Tensor) -> Tensor:

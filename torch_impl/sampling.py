@@ -17,6 +17,8 @@ from torch_impl.positions import extremes
 from twinformer.decoding import SamplingConfig
 from twinformer.errors import InputError
 
+_FEW = 1024  # tokens that hold the mass p of most distributions: finding them is much faster than sorting all
+
 Processor = Callable[[Tensor, Tensor], Tensor]  # (logits, seen) -> logits
 
 
@@ -83,8 +85,12 @@ class TopP:
         x = _wide(logits)
         if self.p == 1:  # the mass before a token is below 1, whatever rounding makes of it
             return x
-        ordered = x.sort(descending=True).values
-        mass = ordered.softmax(-1).cumsum(-1)
+        total = (x - x.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+        ordered = x.topk(min(_FEW, x.shape[-1])).values
+        mass = _mass_up_to(ordered, total)
+        if torch.compiler.is_compiling() or not (mass[:, -1] >= self.p).all():  # then the few do not do
+            ordered = x.sort(descending=True).values
+            mass = _mass_up_to(ordered, total)
         count = 1 + (mass[:, :-1] < self.p).sum(-1, keepdim=True)  # the mass before the first token is 0
         return _hide_after(x, ordered.gather(-1, count - 1), count)
 
@@ -136,12 +142,11 @@ def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]) -> Int[Ten
     x = _wide(logits)
     mass = (x - x.amax(-1, keepdim=True)).exp()
     cumulative = mass.cumsum(-1)
-    total = cumulative[:, -1:]
-    has_mass = mass > 0
-    reached = has_mass & (cumulative > uniforms.to(x.dtype)[:, None] * total)
-    first = reached.byte().argmax(-1)  # of several largest the first
-    last = x.shape[-1] - 1 - has_mass.flip(-1).byte().argmax(-1)
-    return torch.where(reached.any(-1), first, last).masked_fill(~has_mass.any(-1), -1)
+    V, ids = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
+    reached = (mass > 0) & (cumulative > uniforms.to(x.dtype)[:, None] * cumulative[:, -1:])
+    first = torch.where(reached, ids, V).amin(-1)
+    last = torch.where(mass > 0, ids, -1).amax(-1)
+    return torch.where(first < V, first, last)
 
 
 def sequence_keys(seed: int, rows: Integer[Tensor, " B"]) -> Int64[Tensor, "B 2"]:
@@ -172,6 +177,11 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(wide_dtype(logits.dtype))
 
 
+def _mass_up_to(ordered: Float[Tensor, "B n"], total: Float[Tensor, "B 1"]) -> Float[Tensor, "B n"]:
+    """The probability of the first tokens up to each; ``total`` sums ``exp(x - max)`` over all."""
+    return ((ordered - ordered[:, :1]).exp() / total).cumsum(-1)
+
+
 def _hide_after(x: Float[Tensor, "B V"], last: Float[Tensor, "B 1"], count: Tensor) -> Float[Tensor, "B V"]:
     """The first ``count [B, 1]`` of the order stay, the last of which has the logit ``last``; NaN stays."""
     tied = x == last
@@ -180,13 +190,16 @@ def _hide_after(x: Float[Tensor, "B V"], last: Float[Tensor, "B 1"], count: Tens
 
 
 def _first(x: Float[Tensor, "B N"], count: int) -> Int64[Tensor, "B n"]:
-    """Places of the first ``count`` of the order: higher first, the lower place first among equals."""
+    """Places of the first ``count`` of the order: higher first, the lower place first among equals (``-inf`` aside)."""
     N = x.shape[-1]
-    last = x.topk(count).values[:, -1:]
+    values, places = x.topk(min(count + 1, N))
+    if not ((values[:, :-1] == values[:, 1:]) & (values[:, 1:] > -torch.inf)).any():
+        return places[:, :count]
+    # ``topk`` says nothing about the order of equals: once more with numbers that are all different
+    last = values[:, count - 1 : count]
     tied = x == last
     room = count - (x > last).sum(-1, keepdim=True)
     chosen = (x > last) | (tied & (tied.cumsum(-1) <= room))
-    # ``topk`` says nothing about the order of equals: once more with numbers that are all different
     places = torch.where(chosen, torch.arange(N, 0, -1, device=x.device), 0).topk(count).indices
     order = x.gather(-1, places).sort(descending=True, stable=True).indices
     return places.gather(-1, order)

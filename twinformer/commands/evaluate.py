@@ -44,8 +44,9 @@ def evaluate(
 
         from twinformer.errors import ConfigError
         from twinformer.runs.backends import default_backend
-        from twinformer.runs.evaluate import as_rows, find
         from twinformer.runs.evaluate import evaluate as measure
+        from twinformer.runs.measures import as_rows
+        from twinformer.runs.subjects import find
 
         if backend not in (None, "torch", "flax"):
             raise ConfigError("evaluate", [f"--backend: expected torch or flax, got {backend!r}"])

@@ -78,7 +78,11 @@ class TorchDecoder:
     @torch.no_grad()
     def full(self, inputs: Arrays, *, watch: bool = False) -> tuple[Array, list[Seen]]:
         seen: list[Seen] = []
-        with _watched(_torch_modules(self.model), torch_impl.attention.AttentionLayer, seen, _numpy) if watch else _none():
+        with (
+            _watched(_torch_modules(self.model), torch_impl.attention.AttentionLayer, seen, _numpy)
+            if watch
+            else _none()
+        ):
             logits = self.model(**{name: _tensor(value) for name, value in inputs.items()})
         return logits.numpy().copy(), seen
 
@@ -102,7 +106,11 @@ class TorchDecoder:
     ) -> tuple[Array, Any, list[Seen]]:
         seen: list[Seen] = []
         options = {name: _tensor(value) for name, value in _options(self.two, mask, positions, at).items()}
-        with _watched(_torch_modules(self.model), torch_impl.attention.AttentionLayer, seen, _numpy) if watch else _none():
+        with (
+            _watched(_torch_modules(self.model), torch_impl.attention.AttentionLayer, seen, _numpy)
+            if watch
+            else _none()
+        ):
             logits, cache = self.model.step(_tensor(tokens), cache, **options)
         return logits.detach().numpy().copy(), cache, seen
 

@@ -111,7 +111,7 @@ def _recalled(one: Seen, parts: Sequence[Seen], cut: Sequence[int]) -> Found | N
         theirs = theirs[:, :, rows, seen] if theirs.shape[2] != 1 else theirs[..., seen]
         if not np.array_equal(np.broadcast_to(ours, theirs.shape), theirs):
             return Found(stack, f"{layer}: other keys are allowed than in the full forward")
-        visible = theirs.any((1, 2))
+        visible: Array = np.any(theirs, axis=(1, 2))
         for what in ("K", "V"):
             have, want = part.arguments[what][:, :, seen], one.arguments[what][:, :, seen]
             shown = visible[:, None, :, None]

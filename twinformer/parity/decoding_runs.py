@@ -29,7 +29,7 @@ POISON = (np.nan, np.inf, -np.inf)
 class Plan:
     """What is decoded: tokens with and without padding, what the caches held before, and how many slots they have.
 
-    ``poisoned`` tokens have the one token whose embedding is not finite in the padding of some rows, and in sight in one.
+    ``poisoned`` tokens have the one token whose embedding is not finite in the padding of some rows, in sight in one.
     """
 
     tokens: Array
@@ -105,18 +105,30 @@ def plan_for(config: ModelConfig) -> Plan:
 
 
 def decode(make: Callable[[bool], Decoder], plan: Plan) -> Decoded:
-    """Every cell. ``make(poisoned)`` gives the twin's decoder, with weights of which one row is not finite or without."""
+    """Every cell. ``make(poisoned)`` gives the twin's decoder, with weights of which one row is not finite, or not."""
     sound, poisoned = make(False), make(True)
+    everything = np.ones_like(plan.real)
+
+    def whole(decoder: Decoder, tokens: Array, real: npt.NDArray[np.bool_], positions: Array) -> FloatArray:
+        return widened(decoder.full(plan.inputs(tokens, real, positions))[0])
+
+    # positions are always given here, as the contract counts them, and a mask, be it one that hides nothing: other ways
+    # to say the same have been judged, and one program serves all
     full = {
-        "masked": widened(sound.full(plan.inputs(plan.tokens, plan.real))[0]),
-        # without a mask is with one that hides nothing: one program less
-        "bare": widened(sound.full(plan.inputs(plan.tokens, np.ones_like(plan.real)))[0]),
-        "placed": widened(sound.full(plan.inputs(plan.tokens, plan.real, plan.positions))[0]),
-        "poisoned": widened(poisoned.full(plan.inputs(plan.poisoned, plan.real))[0]),
+        "masked": whole(sound, plan.tokens, plan.real, counted(plan.real)),
+        "bare": whole(sound, plan.tokens, everything, counted(everything)),
+        "placed": whole(sound, plan.tokens, plan.real, plan.positions),
+        "poisoned": whole(poisoned, plan.poisoned, plan.real, counted(plan.real)),
     }
     full["reordered"] = full["masked"][list(ORDER)]
-    full["one place"] = np.take_along_axis(full["masked"], plan.at[:, None, None], 1)
+    full["placed"] = np.take_along_axis(full["placed"], plan.at[:, None, None], 1)
     return Decoded(full, _cells(sound, poisoned, plan))
+
+
+def counted(real: npt.NDArray[np.bool_]) -> Array:
+    """Positions over real tokens."""
+    positions: Array = np.maximum(np.cumsum(real, 1) - 1, 0)
+    return positions
 
 
 def _cells(sound: Decoder, poisoned: Decoder, plan: Plan) -> dict[str, FloatArray]:
@@ -126,22 +138,17 @@ def _cells(sound: Decoder, poisoned: Decoder, plan: Plan) -> dict[str, FloatArra
         found[f"masked: {name}, fresh cache"], cache = in_steps(sound, cache, plan.tokens, plan.real, cut)
         # what the cache is left with is another sequence, with rows that are not finite
         _, cache = in_steps(poisoned, poisoned.reset(cache), plan.poisoned[::-1], plan.real, plan.cuts["one prefill"])
-        found[f"masked: {name}, reused cache"], _ = in_steps(
-            sound, sound.reset(cache), plan.tokens, plan.real, cut
-        )
+        found[f"masked: {name}, reused cache"], _ = in_steps(sound, sound.reset(cache), plan.tokens, plan.real, cut)
     by_token = plan.cuts["token by token"]
     found["bare: token by token, fresh cache"], _ = in_steps(sound, _start(sound, plan), plan.tokens, None, by_token)
     chunks = plan.cuts["chunks"]
-    found["placed: chunks, positions given"], _ = in_steps(
-        sound, _start(sound, plan), plan.tokens, plan.real, chunks, plan.positions
-    )
     for name in ("chunks", "token by token"):
         cache = _start(poisoned, plan)
         found[f"poisoned: {name}, NaN and infinities"], _ = in_steps(
             poisoned, cache, plan.poisoned, plan.real, plan.cuts[name]
         )
-    at, _, _ = sound.step(_start(sound, plan), plan.tokens, plan.real, at=plan.at)
-    found["one place: one prefill, logits of one place"] = widened(at)
+    one_place, _, _ = sound.step(_start(sound, plan), plan.tokens, plan.real, plan.positions, plan.at)
+    found["placed: one prefill, positions given, logits of one place"] = widened(one_place)
     if len(chunks) > 1:
         found |= _reordered(sound, plan, chunks)
     return found
@@ -167,7 +174,6 @@ def in_steps(
     tokens: Array,
     real: Array | None,
     cut: list[int],
-    positions: Array | None = None,
     *,
     watched: list[list[Seen]] | None = None,
 ) -> tuple[FloatArray, Any]:
@@ -179,7 +185,6 @@ def in_steps(
             cache,
             tokens[:, now],
             None if real is None else real[:, now],
-            None if positions is None else positions[:, now],
             watch=watched is not None,
         )
         if watched is not None:

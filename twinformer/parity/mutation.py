@@ -184,6 +184,9 @@ class Remembered:
         calls: list[Call] = self._once(("record", *_key(case)), lambda: self._twin.record(case))
         return calls
 
+    def once(self, what: str, case: Case, ask: Callable[[], Any]) -> Any:
+        return self._once((what, *_key(case)), ask)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._twin, name)
 

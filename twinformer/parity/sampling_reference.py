@@ -43,8 +43,9 @@ def processed(logits: FloatArray, seen: Flags, config: SamplingConfig) -> FloatA
 
 
 def softmax(x: FloatArray) -> FloatArray:
-    mass: FloatArray = np.exp(x - x.max())
-    return mass / mass.sum()
+    mass = np.exp(x - x.max())
+    share: FloatArray = mass / mass.sum()
+    return share
 
 
 def log_softmax(x: FloatArray) -> FloatArray:

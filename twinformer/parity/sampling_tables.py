@@ -75,7 +75,7 @@ SEEDS, ROWS, STEPS = (0, 2**40 + 7, 2**64 - 1), np.array([0, 1, 7, 2**31 + 5]), 
 CHAINS: dict[str, tuple[SamplingConfig, ...]] = {
     "RepetitionPenalty": (SamplingConfig(repetition_penalty=1.7), SamplingConfig(repetition_penalty=0.6)),
     "Temperature": (SamplingConfig(temperature=0.3), SamplingConfig(temperature=4.0)),
-    "TopK": tuple(SamplingConfig(top_k=k) for k in (1, 3, 8, 15, 16, 40)),
+    "TopK": tuple(SamplingConfig(top_k=k) for k in (1, 3, 8, 40)),
     "TopP": tuple(SamplingConfig(top_p=p) for p in (2.0**-4, 0.25, 0.5, 0.5 + 2.0**-30, 0.75, 0.9, 1.0)),
     "MinP": tuple(SamplingConfig(min_p=p) for p in (0.0, 0.05, 0.5, 1.0)),
     "processors": (

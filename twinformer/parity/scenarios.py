@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ SEQUENCES = (5, 0, 2**31 + 1)
 SAMPLING = SamplingConfig(temperature=2.0, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
 SEED = 2**40 + 7
 PAD = 1
+# of one width, so that one program serves all
 BEAMS = {
     "mean": BeamConfig(width=3, num_best=3, length_penalty="mean", alpha=0.7),
-    "gnmt": BeamConfig(width=3, num_best=2, length_penalty="gnmt", alpha=0.6, shrink=True, early_stopping=False),
+    "gnmt": BeamConfig(width=3, num_best=3, length_penalty="gnmt", alpha=0.6, shrink=True, early_stopping=False),
 }
 
 
@@ -68,7 +69,7 @@ class Scenario:
     name: str
     new: int
     sampling: SamplingConfig | None = None
-    stop: StopConfig = StopConfig()
+    stop: StopConfig = field(default_factory=StopConfig)
     allowed: Array | None = None
     sequences: tuple[int, ...] = (0, 1, 2)
 
@@ -95,12 +96,12 @@ class Search:
     beam: BeamConfig
     new: int
     stop: tuple[int, ...]
-    allowed: Array | None = None
+    allowed: Array
     tied: bool = False
 
 
 def writing_for(config: ModelConfig) -> Writing:
-    """Prompts without padding, with it on the left and on the right with a hole, as much as the context has room for."""
+    """Prompts without padding, with it on the left, and on the right with a hole, as the context has room for them."""
     rng = stream(0, "scenarios")
     T = max(1, min(PROMPT, config.context_length // 2))
     real = np.ones((ROWS, T), np.bool_)
@@ -133,10 +134,11 @@ def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> li
     new = min(SEARCHED, config.context_length - writing.prompts.shape[1])
     allowed = stream(0, "scenarios/beams").random((1, new, config.vocab_size)) < 0.8
     allowed[..., 0] = True
-    # with all sums equal the first ids go on: a stop token among them, and of more tokens than the beam is wide
+    everything = np.ones_like(allowed)
+    # with all sums equal the first ids go on: a stop token among them, and more tokens than the beam is wide
     tied_stop = tuple(token for token in (1,) if token < config.vocab_size)
     return [
-        Search("mean", BEAMS["mean"], new, stop),
+        Search("mean", BEAMS["mean"], new, stop, everything),
         Search("gnmt", BEAMS["gnmt"], new, stop, allowed),
-        Search("all equal", BEAMS["mean"], new, tied_stop, tied=True),
+        Search("all equal", BEAMS["mean"], new, tied_stop, everything, tied=True),
     ]

@@ -109,7 +109,9 @@ def train_by_hand(twin: Twin, case: Case, training: TrainingConfig, lessons: Seq
     kept |= {f"optimizer/exp_avg_sq/{path}": leaf for path, leaf in v.items()}
     kept |= {f"optimizer/ema/{path}": leaf for path, leaf in ema.items()}
     kept["optimizer/step"] = np.array(float(len(lessons)))
-    return Trained(tuple(steps), kept, ema, _evaluated(twin, dataclasses.replace(case, tensors=dict(ema)), lessons[0][0]))
+    return Trained(
+        tuple(steps), kept, ema, _evaluated(twin, dataclasses.replace(case, tensors=dict(ema)), lessons[0][0])
+    )
 
 
 def mean_gradients(

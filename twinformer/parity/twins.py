@@ -636,7 +636,7 @@ def _x64(case: Case) -> Iterator[None]:
 @contextlib.contextmanager
 def _hurried(case: Case) -> Iterator[None]:
     """Small models are compiled with little care: where nobody looks at speed, compiling is most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
+    before = jax.config.read("jax_disable_most_optimizations")  # type: ignore[no-untyped-call]
     is_small = sum(tensor.size for tensor in case.tensors.values()) < _SMALL
     jax.config.update("jax_disable_most_optimizations", before or is_small)  # type: ignore[no-untyped-call]
     try:

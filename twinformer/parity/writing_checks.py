@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,27 +32,59 @@ NOISE = 1e-10
 
 
 def written(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[list[Comparison], Problems, int]:
-    """What one twin writes; also how many tokens were looked at."""
+    """What one twin writes, greedily and sampled; also how many tokens were looked at."""
     comparisons: list[Comparison] = []
     problems: list[str] = []
     count = 0
-    ending = judge.once("ends", case, lambda: with_ends(judge, case, writing))
     with twin.writers(case) as make:
         writer = make(case)
-        for scenario in ending:
-            found = twin.once(
-                f"write {scenario.name} {scenario.stop}",
-                case,
-                lambda scenario=scenario: writer.generate(writing.prompts, **writing.options(), **scenario.options()),
-            )
+        for scenario in judge.once("ends", case, lambda: with_ends(judge, case, writing)):
+            found = _generated(twin, case, writing, writer, scenario)
             logits = _logits_under(judge, case, writing, found)
             wrong = list(_check_tokens(writing, scenario, found, logits))
             problems += wrong
             count += int(found.lengths.sum())
-            if wrong:
-                continue
-            comparisons += _logprobs(twin, case, writing, writer, scenario, found, logits)
+            if not wrong:
+                label = f"Generator (logprobs, {scenario.name}, {twin.name})"
+                comparisons.append(compare(label, found.logprobs, _logprobs(found, logits), bound=BOUND))
     return comparisons, {"Generator": problems} if problems else {}, count
+
+
+def rescored(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[list[Comparison], Problems]:
+    """The greedy text once more: as a stream, and scored in one call."""
+    greedy = judge.once("ends", case, lambda: with_ends(judge, case, writing))[0]
+    with judge.writers(case) as make:
+        found = _generated(judge, case, writing, make(case), greedy)
+    live = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
+    expected = _logprobs(found, _logits_under(judge, case, writing, found))
+    with twin.writers(case) as make:
+        writer = make(case)
+        steps = twin.once(
+            f"stream {greedy.stop}",
+            case,
+            lambda: writer.stream(writing.prompts, **writing.options(), **greedy.options()),
+        )
+        scored = twin.once(
+            f"score {greedy.stop}",
+            case,
+            lambda: writer.score(writing.prompts, found.tokens, continuation_mask=live, **writing.options()),
+        )
+    problems: list[str] = []
+    for what, place, wanted in (("tokens", 0, found.tokens), ("live rows", 1, live)):
+        got = np.stack([step[place] for step in steps], 1)
+        if not np.array_equal(got, wanted):
+            problems.append(f"stream: {what}: expected {wanted.tolist()}, got {got.tolist()}")
+    comparisons = [compare(f"score ({greedy.name}, {twin.name})", scored, expected, bound=BOUND)]
+    return comparisons, {"Generator.stream": problems} if problems else {}
+
+
+def _generated(twin: Twin, case: Case, writing: Writing, writer: Writer, scenario: Scenario) -> Generated:
+    found: Generated = twin.once(
+        f"write {scenario.name} {scenario.stop}",
+        case,
+        lambda: writer.generate(writing.prompts, **writing.options(), **scenario.options()),
+    )
+    return found
 
 
 def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
@@ -114,9 +147,7 @@ def _check_tokens(writing: Writing, scenario: Scenario, found: Generated, logits
     return problems
 
 
-def _expected(
-    scenario: Scenario, b: int, t: int, logits: FloatArray, seen: npt.NDArray[np.bool_]
-) -> tuple[int, float]:
+def _expected(scenario: Scenario, b: int, t: int, logits: FloatArray, seen: npt.NDArray[np.bool_]) -> tuple[int, float]:
     """The token, and by how much it is chosen."""
     x = logits if scenario.allowed is None else np.where(scenario.allowed[b, t], logits, -np.inf)
     if scenario.sampling is None:
@@ -127,58 +158,33 @@ def _expected(
     return reference.draw(x, uniform), reference.draw_margin(x, uniform)
 
 
-def _logprobs(
-    twin: Twin,
-    case: Case,
-    writing: Writing,
-    writer: Writer,
-    scenario: Scenario,
-    found: Generated,
-    logits: FloatArray,
-) -> list[Comparison]:
-    """Log-probabilities as they were told, and of the same text scored in one call."""
+def _logprobs(found: Generated, logits: FloatArray) -> FloatArray:
+    """Of every token that was written, 0 after a row's end."""
     live = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
     chosen = np.where(live, found.tokens, 0)[..., None]
-    expected = np.where(live, np.take_along_axis(reference.log_softmax(logits), chosen, -1)[..., 0], 0.0)
-    told = [compare(f"Generator (logprobs, {scenario.name}, {twin.name})", found.logprobs, expected, bound=BOUND)]
-    if scenario.sampling is None:
-        scored = twin.once(
-            "score",
-            case,
-            lambda: writer.score(writing.prompts, found.tokens, continuation_mask=live, **writing.options()),
-        )
-        told.append(compare(f"score ({scenario.name}, {twin.name})", scored, expected, bound=BOUND))
-    return told
+    return np.where(live, np.take_along_axis(reference.log_softmax(logits), chosen, -1)[..., 0], 0.0)
 
 
 # ---- beams
 
 
-def searched(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[list[Comparison], Problems, int]:
+def searched(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[Problems, int]:
     """What one twin finds by beams; also how many hypotheses were looked at."""
     problems: list[str] = []
     count = 0
     stop = judge.once("ends", case, lambda: with_ends(judge, case, writing))[0].stop.tokens
     for search in searches(case.config, writing, stop):
         asked = _without_weights(case) if search.tied else case
-        with twin.writers(asked) as make:
-            found = twin.once(
-                f"search {search.name} {search.stop}",
-                asked,
-                lambda search=search, make=make, asked=asked: _search(make(asked), writing, search),
-            )
-        expected = judge.once(
-            f"search by hand {search.name} {search.stop}",
-            asked,
-            lambda search=search, asked=asked: by_hand(judge, asked, writing, search),
-        )
+        label = f"{search.name} {search.stop}"
+        found = twin.once(f"search {label}", asked, partial(_search, twin, asked, writing, search))
+        expected = judge.once(f"search by hand {label}", asked, partial(by_hand, judge, asked, writing, search))
         for b, best in enumerate(expected):
             count += len(best)
             problems += _check_beams(f"{search.name}, row {b}", search, found, b, best)
-    return [], {"beam_search": problems} if problems else {}, count
+    return {"beam_search": problems} if problems else {}, count
 
 
-def _search(writer: Writer, writing: Writing, search: Search) -> Beams:
+def _search(twin: Twin, case: Case, writing: Writing, search: Search) -> Beams:
     options: dict[str, Any] = {
         "max_new_tokens": search.new,
         "beam": search.beam,
@@ -186,7 +192,8 @@ def _search(writer: Writer, writing: Writing, search: Search) -> Beams:
         "allowed": search.allowed,
         "pad_id": PAD,
     }
-    return writer.search(writing.prompts, **writing.options(), **options)
+    with twin.writers(case) as make:
+        return make(case).search(writing.prompts, **writing.options(), **options)
 
 
 def by_hand(judge: Twin, case: Case, writing: Writing, search: Search) -> list[list[reference.Hypothesis]]:
@@ -203,11 +210,11 @@ def by_hand(judge: Twin, case: Case, writing: Writing, search: Search) -> list[l
 
     return [
         reference.search(
-            lambda hypotheses, b=b: logits_after(b, hypotheses),
+            partial(logits_after, b),
             max_new_tokens=search.new,
             beam=search.beam,
             stop=search.stop,
-            allowed=None if search.allowed is None else search.allowed[0],
+            allowed=search.allowed[0],
         )
         for b in range(len(writing.prompts))
     ]

@@ -11,14 +11,11 @@ ones it left out and why.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +27,18 @@ from safetensors.numpy import save_file
 from twinformer.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    Tensors,
-    read_safetensors,
     read_text,
     write_atomically,
     write_model,
 )
 from twinformer.config import ModelConfig
 from twinformer.errors import CheckpointError, Problems, TwinformerError, WeightsError
+from twinformer.runs.records import FORMAT, NAME, RECORD_FILE, STATE_FILE, Checkpoint, digest, file_hash, verify
 
-FORMAT = 1
-RECORD_FILE = "training.json"
-STATE_FILE = "training.safetensors"
 LAST_FILE = "last.json"
 BEST_FILE = "best.json"
 
-_NAME = re.compile(r"step-(\d{8,})")
 _SAVING, _REMOVING = ".saving-", ".removing-"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk, its hashes found right. ``record`` is what training.json says."""
-
-    directory: Path
-    step: int
-    record: Mapping[str, Any]
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Whose training state it holds."""
-        return tuple(self.record["states"])
-
-    def state(self, backend: str) -> Tensors:
-        """The training state that ``backend`` left, or else the one that is there: either twin reads the other's."""
-        states = self.record["states"]
-        file = states.get(backend) or next(iter(states.values()))
-        return read_safetensors(self.directory / file)[0]
 
 
 class CheckpointStore:
@@ -143,11 +115,11 @@ class CheckpointStore:
             write_atomically(part / files[backend], lambda file, tensors=tensors: save_file(tensors, file))  # type: ignore[misc]
         for name, data in self.beside.items():
             write_atomically(part / name, lambda file, data=data: file.write_bytes(data))  # type: ignore[misc]
-        hashes = {name: _hash(part / name) for name in (CONFIG_FILE, WEIGHTS_FILE, *files.values(), *self.beside)}
+        hashes = {name: file_hash(part / name) for name in (CONFIG_FILE, WEIGHTS_FILE, *files.values(), *self.beside)}
         # through JSON and back, so that the hash is that of what a reader will see
         record = json.loads(json.dumps(record, allow_nan=False))
         whole = {**record, "format": FORMAT, "run": self.run, "step": step, "states": files, "files": hashes}
-        whole["digest"] = _digest(whole)
+        whole["digest"] = digest(whole)
         text = json.dumps(whole, indent=1, allow_nan=False) + "\n"
         write_atomically(part / RECORD_FILE, lambda file: file.write_text(text, encoding="utf-8"))
         return whole
@@ -253,51 +225,10 @@ class CheckpointStore:
         )
 
 
-def verify(directory: Path, *, run: str | None = None) -> Checkpoint:
-    """A checkpoint whose every file is the one that was written together with the others.
-
-    ``run`` None: that of any run. Raises CheckpointError with everything that is wrong.
-    """
-    problems = Problems(str(directory), CheckpointError)
-    try:
-        record = json.loads(read_text(directory / RECORD_FILE))
-    except (CheckpointError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(str(directory), [f"{RECORD_FILE}: expected a record that reads, got: {error}"]) from None
-    named = _NAME.fullmatch(directory.name)
-    keys = {"format": int, "run": str, "step": int, "states": dict, "files": dict, "digest": str}
-    for key, kind in keys.items():
-        good = isinstance(record, dict) and isinstance(record.get(key), kind)
-        problems.expect(good, f"{RECORD_FILE}: {key}: expected {kind.__name__}, got none")
-    problems.raise_if_any()
-    problems.expect(record["format"] == FORMAT, f"{RECORD_FILE}: expected format {FORMAT}, got {record['format']}")
-    problems.expect(record["digest"] == _digest(record), f"{RECORD_FILE}: its hash is not the one it was written with")
-    if named is not None:
-        problems.expect(
-            record["step"] == int(named[1]), f"{RECORD_FILE}: expected that of the step, got {record['step']}"
-        )
-    if run is not None:
-        problems.expect(record["run"] == run, f"{RECORD_FILE}: expected run {run}, got one of run {record['run']}")
-    needed = {CONFIG_FILE, WEIGHTS_FILE, *record["states"].values()}
-    problems.expect(len(record["states"]) > 0, f"{RECORD_FILE}: states: expected at least one, got none")
-    for name in sorted(needed | set(record["files"])):
-        wanted = record["files"].get(name)
-        if Path(name).name != name or not (directory / name).is_file():
-            problems.add(f"{name}: missing")
-            continue
-        try:
-            got = _hash(directory / name)
-        except OSError as error:
-            problems.add(f"{name}: expected a file that reads, got: {error}")
-            continue
-        problems.expect(got == wanted, f"{name}: expected sha256 {str(wanted)[:12]}…, got {got[:12]}…")
-    problems.raise_if_any()
-    return Checkpoint(directory, record["step"], record)
-
-
 def _named(directory: Path) -> Iterator[tuple[int, Path]]:
     if directory.is_dir():
         for place in directory.iterdir():
-            found = _NAME.fullmatch(place.name)
+            found = NAME.fullmatch(place.name)
             if found is not None and place.is_dir():
                 yield int(found[1]), place
 
@@ -323,16 +254,6 @@ def _check_finite(step: int, trees: Mapping[str, Mapping[str, npt.NDArray[Any]]]
             count = int((~np.isfinite(wide)).sum())
             problems.expect(count == 0, f"{name}: {path}: expected finite values, got {count} that are not")
     problems.raise_if_any()
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in record.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _why(error: Exception, directory: Path) -> str:

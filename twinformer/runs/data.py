@@ -88,8 +88,8 @@ _TEXT: dict[str, Any] = {
 _PROPOSED: dict[str, dict[str, Any]] = {
     "guitar-tab": {
         "steps": 2000,
-        "batch_size": 32,
-        "schedule": {"peak": 2e-3, "final_fraction": 0.05},
+        "batch_size": 64,
+        "schedule": {"peak": 2e-3, "final_fraction": 0.02},
         "optimizer": {"weight_decay": 0.05, "beta2": 0.98},
     },
     "guitar": {**_TEXT, "batch_size": 12, "length": 256},

@@ -16,19 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from twinformer.config import ModelConfig
-from twinformer.data.batch import Batch, Dataset
+from twinformer.data.batch import Dataset
 from twinformer.errors import CheckpointError, TwinformerError, WeightsError
 from twinformer.learning import Evaluation, Metrics, Trainer
-from twinformer.runs.checkpoints import Checkpoint, CheckpointStore
-from twinformer.runs.flops import training_flops
+from twinformer.runs.checkpoints import CheckpointStore
 from twinformer.runs.log import MetricsLog
 from twinformer.runs.options import RunOptions
+from twinformer.runs.records import Checkpoint
 from twinformer.runs.screen import Screen
 from twinformer.runs.signals import Signals
+from twinformer.runs.speed import Speed
 
 Reason = Literal["finished", "early stop", "time", "signal"]
 
@@ -93,7 +93,7 @@ class Run:
         self._log: MetricsLog | None = None
         self._pending: list[_Pending] = []
         self._validated = self._saved = -1
-        self._speed = _Speed(clock)
+        self._speed = Speed(clock)
 
     # ---- where it begins
 
@@ -275,52 +275,6 @@ class Run:
             else f"the last good checkpoint is that of step {self._saved}"
         )
         return DivergedError("training has diverged", [*problems, f"{saved}; nothing of this was saved"])
-
-
-class _Speed:
-    """Tokens and arithmetic a second since the last look, without validations and checkpoints."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.restart()
-
-    def restart(self) -> None:
-        self.since, self.tokens, self.flops = self.clock(), 0, 0
-
-    def add(self, config: ModelConfig, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            self.tokens += real_tokens(batch)
-            self.flops += training_flops(config, batch.inputs)
-
-    def measure(self, ceiling: float | None, *, count: bool) -> dict[str, float]:
-        """The first step compiles: it does not ``count``."""
-        seconds = self.clock() - self.since
-        found = {}
-        if count and seconds > 0 and self.tokens:
-            found["tokens_per_second"] = self.tokens / seconds
-            if ceiling is not None:
-                found["utilisation"] = self.flops / seconds / ceiling
-        self.restart()
-        return found
-
-
-def real_tokens(batch: Batch) -> int:
-    """Tokens that go into the model, padding left out."""
-    total = 0
-    for name, mask in (
-        ("tokens", "padding_mask"),
-        ("source", "source_padding_mask"),
-        ("target", "target_padding_mask"),
-    ):
-        if name not in batch.inputs:
-            continue
-        if mask in batch.inputs:
-            total += int(batch.inputs[mask].sum())
-        elif name == "tokens" and "segments" in batch.inputs:
-            total += int(np.count_nonzero(batch.inputs["segments"]))
-        else:
-            total += batch.inputs[name].size
-    return total
 
 
 def _apart(one: float, other: float) -> float:

@@ -8,9 +8,7 @@ the file; ``model``, ``optimizer``, ``schedule`` and ``lora`` are tables of it, 
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from twinformer.checkpoint import read_text, write_atomically
 from twinformer.config import Architecture, DType, ModelConfig
 from twinformer.errors import ConfigError, Problems, TwinformerError
 from twinformer.learning import LoraConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from twinformer.runs.option_checks import Told, check, fits
 
 Backend = Literal["torch", "flax", "both"]
 # as twinformer.data has them; named here, so that reading options does not load tokenizers
@@ -43,15 +42,6 @@ FREE_ON_RESUME = (
     "patience",
     "samples",
 )
-
-
-@dataclass(frozen=True)
-class Told:
-    """What is said of an option, and its bounds."""
-
-    help: str
-    least: float | None = None
-    above: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +116,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         problems = Problems("options of the run", ConfigError)
         for name, (hint, told) in described().items():
-            _check(problems, name, hint, told, getattr(self, name))
+            check(problems, name, hint, told, getattr(self, name))
         _check_tables(problems, self)
         problems.raise_if_any()
 
@@ -248,48 +238,10 @@ def resumed(saved: RunOptions, changes: Mapping[str, Any]) -> RunOptions:
     return RunOptions.from_dict(merge(saved.to_dict(), free))
 
 
-def _check(problems: Problems, name: str, hint: Any, told: Told, value: Any) -> None:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    options = tuple(choice for option in options for choice in _alternatives(option))
-    good = any(_fits(value, option) for option in options)
-    if good and value is not None:
-        good = (told.least is None or value >= told.least) and (told.above is None or value > told.above)
-    wanted = " or ".join(_said(option) for option in options)
-    bound = (
-        f" from {told.least}" if told.least is not None else f" above {told.above}" if told.above is not None else ""
-    )
-    problems.expect(good, f"{name}: expected {wanted}{bound}, got {value!r}")
-
-
-def _alternatives(option: Any) -> tuple[Any, ...]:
-    return typing.get_args(option) if typing.get_origin(option) is Literal else (option,)
-
-
-def _fits(value: Any, option: Any) -> bool:
-    if isinstance(option, str):
-        return bool(value == option)
-    if option is types.NoneType:
-        return value is None
-    if option is bool:
-        return isinstance(value, bool)
-    if option is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, typing.get_origin(option) or option)
-
-
-def _said(option: Any) -> str:
-    if isinstance(option, str):
-        return repr(option)
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "nothing"}
-    return plain.get(option, "a table")
-
-
 def _check_tables(problems: Problems, options: RunOptions) -> None:
     """Every key of every table, and the values, as the configs themselves judge them."""
     # steps may not be known yet: the data proposes it, and then this is looked at again
-    steps = options.steps if _fits(options.steps, int) and options.steps else 2**40
+    steps = options.steps if fits(options.steps, int) and options.steps else 2**40
     tables: dict[str, tuple[Callable[..., object] | None, tuple[str, ...], dict[str, Any]]] = {
         "model": (None, _names(ModelConfig), {}),  # its values are looked at when the data's sizes are known
         "optimizer": (OptimizerConfig, _names(OptimizerConfig), {}),
@@ -312,7 +264,7 @@ def _check_tables(problems: Problems, options: RunOptions) -> None:
             problems.add(f"{table}: expected values of the right kind, got: {error}")
     for name in ("smoothing", "dropout"):
         value = getattr(options, name)
-        if _fits(value, float):
+        if fits(value, float):
             problems.expect(value < 1, f"{name}: expected a number below 1, got {value}")
 
 

@@ -40,6 +40,7 @@ DATA = "data"
 _LOCK_FILE = ".lock"
 _FORMAT = 1
 
+
 def begin(options: RunOptions, directory: Path, *, screen: Screen) -> Run:
     """A new run. Raises ConfigError where the directory holds something, and for options that do not fit the data."""
     if (directory / RUN_FILE).is_file():

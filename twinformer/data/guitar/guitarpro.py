@@ -35,7 +35,8 @@ def read_guitarpro(file: str | Path, *, track: int | None = None) -> Piece:
         size = file.stat().st_size
         if size > _MAX_BYTES:
             raise InputError(str(file), [f"expected at most {_MAX_BYTES} bytes, got {size}"])
-        song = guitarpro.parse(str(file))
+        with file.open("rb") as stream:
+            song = guitarpro.parse(stream)
     except InputError:
         raise
     except Exception as error:  # a broken file may trip it anywhere

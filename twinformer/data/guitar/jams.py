@@ -74,9 +74,8 @@ def _piece(
         times = np.array([time for time, _, _ in beats])
         per_beat = float(np.median(np.diff(times)))
         tempo = 60 / per_beat
-        origin = 0
-        while times[0] - (origin + 1) * per_beat > -per_beat / 2:  # beats that passed before the first one annotated
-            origin += 1
+        first = min(time for rows in lists.values() for time, _, _ in rows)
+        origin = max(0, math.ceil((times[0] - first) / per_beat - 0.25))  # beats before the first one annotated
     else:
         assert tempo is not None
         times, per_beat, origin = np.array([0.0, 60 / tempo]), 60 / tempo, 0
@@ -95,10 +94,10 @@ def _piece(
     notes = []
     for string, rows in sorted(lists.items()):
         for time, duration, value in rows:
-            start, end = twelfths(time), twelfths(time + duration)
+            start, end = max(0, twelfths(time)), twelfths(time + duration)
             pitch = round(value)
-            if start < 0 or pitch < STANDARD[string]:
-                remarks["notes below their string or before the beginning left out"] += 1
+            if pitch < STANDARD[string]:
+                remarks["notes below their string left out"] += 1
                 continue
             notes.append(Note(start, pitch, max(1, end - start), string, pitch - STANDARD[string]))
     if not notes:

@@ -105,7 +105,7 @@ class _Reading:
         if self.markers:
             bars, end = tuple(sorted({0, *self.markers})), max(end, last)
         else:
-            bars, end = bar_starts(signatures, max(last, end - end % bar_length(signatures[-1][1])))
+            bars, end = bar_starts(signatures, max(last, end - end % max(1, bar_length(signatures[-1][1]))))
         remarks = tuple(f"{count} × {text}" for text, count in sorted(self.remarks.items()) if count)
         if len(signatures) > 1:
             remarks = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class Piece:
             count = max(1, -(-max(last, self.end) // length))
             object.__setattr__(self, "bars", tuple(range(0, count * length, length)))
             object.__setattr__(self, "end", count * length)
-        rising = all(a < b for a, b in zip(self.bars, (*self.bars[1:], self.end), strict=True))
+        rising = all(a < b for a, b in itertools.pairwise((*self.bars, self.end)))
         problems.expect(
             (self.bars[0] == 0 and rising) if self.bars else not good,
             "bars: expected starts that rise from 0 and lie before the end",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import (
+    accumulation,
+    beams,
     calls,
     compilation,
     decoding,
@@ -54,8 +56,10 @@ LADDER = (
     Step(4, "compilation", "eager = jit = torch.compile; remat changes nothing", compilation.check, by_default=False),
     Step(5, "optimizer", "update vectors over ten steps: warm-up, clipping, decay", optimizer.check),
     Step(6, "training", "the same run, dropout on: loss, gradient norm and every update", training.check),
+    Step(6, "accumulation", "gradients in bfloat16 are summed wide", accumulation.check, by_default=False),
     Step(7, "decoding", "prefill, chunks and single tokens = full forward", decoding.check),
-    Step(8, "sampling", "sampling and beam search on ties and boundaries", sampling.check),
+    Step(8, "sampling", "what is drawn, on ties and boundaries, and what is written with it", sampling.check),
+    Step(8, "beams", "beam search; streams and scores of what was written", beams.check, by_default=False),
     Step(9, "persistence", "saved by one, loaded by the other, bit for bit", persistence.check),
     Step(10, "sharding", "sharded = single device"),
 )

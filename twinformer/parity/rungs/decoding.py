@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -35,10 +36,10 @@ def check(evidence: Evidence) -> Rung:
     problems: list[str] = []
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: decoding in steps")
-        wrong = twin.once("layout", case, lambda twin=twin: _layout(twin, case, plan))
+        wrong = twin.once("layout", case, partial(_layout, twin, case, plan))
         problems += [f"{twin.name}: {text}" for text in wrong]
         if not wrong:
-            decoded.append((twin, twin.once("decoding", case, lambda twin=twin: run(twin, case, plan))))
+            decoded.append((twin, twin.once("decoding", case, partial(run, twin, case, plan))))
     comparisons = [one for twin, found in decoded for one in _with_itself(twin.name, found)]
     comparisons += _with_each_other(decoded)
     problems += _what_one_token_moves(evidence.twins[0], case, plan, decoded)
@@ -141,9 +142,7 @@ def layout(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _what_one_token_moves(
-    twin: Twin, case: Case, plan: Plan, decoded: Sequence[tuple[Twin, Decoded]]
-) -> list[str]:
+def _what_one_token_moves(twin: Twin, case: Case, plan: Plan, decoded: Sequence[tuple[Twin, Decoded]]) -> list[str]:
     """That a history which is not seen would be noticed: another token just before the last moves its logits."""
     found = next((one for other, one in decoded if other is twin), None)
     if found is None or plan.length < 2:

@@ -1,10 +1,9 @@
-"""Rung 8: what is done to logits, which token is drawn, when writing ends, and which hypotheses a beam keeps.
+"""Rung 8: what is done to logits, which token is drawn, and when writing ends.
 
-There are three parts. Definitions, on tables of logits with exact ties and boundaries, against a reference in NumPy
+There are two parts. Definitions, on tables of logits with exact ties and boundaries, against a reference in NumPy
 (``sampling_reference.py``), so that two twins that are wrong alike are found; the numbers in [0, 1) bit for bit. Then
-both twins write with the case's model: every token is looked up in the logits of one full forward over what was written,
-with the reference's own processors, numbers and stopping. Then both search with beams, against the reference's search;
-with all weights zero every continuation ties, and only the order decides.
+both twins write with the case's model: every token is looked up in the logits of one full forward over what was
+written, with the reference's own processors, numbers and stopping.
 """
 
 from __future__ import annotations
@@ -26,44 +25,49 @@ from twinformer.parity.scenarios import Writing, writing_for
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 from twinformer.parity.writers import Chooser
-from twinformer.parity.writing_checks import BOUND, NOISE, Problems, searched, written
+from twinformer.parity.writing_checks import BOUND, NOISE, Problems, written
 
 # what a token is made by, in its order: a chain is wrong because of its parts, a generator because of both
 _PARTS = ("uniforms", "greedy", "draw", "RepetitionPenalty", "Temperature", "TopK", "TopP", "MinP")
 
 
 def check(evidence: Evidence) -> Rung:
-    """Definitions, then writing, then beams: each twin against the references, and through them with the other."""
+    """Definitions, then writing: each twin against the references, and through them with the other."""
     whole = evidence.case
     if whole.config.architecture == "encoder":
         return does_not_apply("an encoder writes no tokens: there is nothing to draw")
     case, writing = prepared(whole)
     comparisons: list[Comparison] = []
     problems: Problems = {}
-    rows = sum(len(table.logits) for table in TABLES)
-    tokens = hypotheses = 0
+    tokens = 0
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: definitions of sampling")
-        parts = [definitions(twin, case)]
+        figures, wrong = definitions(twin, case)
+        comparisons += figures
+        add(problems, twin.name, wrong)
         evidence.progress(f"{twin.name}: writing")
-        *found, count = written(twin, evidence.twins[0], case, writing)
-        parts.append((found[0], found[1]))
+        figures, wrong, count = written(twin, evidence.twins[0], case, writing)
+        comparisons += figures
+        add(problems, twin.name, wrong)
         tokens += count
-        evidence.progress(f"{twin.name}: beam search")
-        *found, count = searched(twin, evidence.twins[0], case, writing)
-        parts.append((found[0], found[1]))
-        hypotheses += count
-        for figures, wrong in parts:
-            comparisons += figures
-            for place, texts in wrong.items():
-                problems.setdefault(place, []).extend(f"{twin.name}: {text}" for text in texts)
-    checked = f"{rows} rows of logits, {tokens} tokens, {hypotheses} hypotheses"
+    rows = sum(len(table.logits) for table in TABLES)
+    return verdict(f"{rows} rows of logits, {tokens} tokens written", comparisons, problems, case, whole)
+
+
+def verdict(checked: str, comparisons: Sequence[Comparison], problems: Problems, case: Case, whole: Case) -> Rung:
+    """The rung, with the parts that are wrong as culprits."""
     rung = rung_of(checked, comparisons, [text for texts in problems.values() for text in texts])
     if rung.verdict == "differ":
         places = [one.name.partition(" (")[0] for one in comparisons if not one.agrees]
         rung.culprits = _first_cause([*problems, *places])
     rung.notes += describe(case.config, whole.config)
     return rung
+
+
+def add(problems: Problems, name: str, wrong: Problems) -> None:
+    """More problems, each with the name of the twin that has it."""
+    for place, texts in wrong.items():
+        problems.setdefault(place, []).extend(f"{name}: {text}" for text in texts)
 
 
 def prepared(whole: Case) -> tuple[Case, Writing]:

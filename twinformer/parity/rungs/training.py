@@ -2,9 +2,9 @@
 
 What is compared is what a step tells (loss, norm of the gradient, number of targets, learning rate) and by how much it
 moves every parameter; the parameters themselves would hide a step that does nothing. The judge's own run
-(``training_runs.py``) is the third opinion: it takes output and gradients from the model, as the rungs below have judged
-them, and does keys, sums, division, clipping and update in NumPy, so that two wrong trainers do not agree by being
-wrong alike.
+(``training_runs.py``) is the third opinion: it takes output and gradients from the model, as the rungs below have
+judged them, and does keys, sums, division, clipping and update in NumPy, so that two wrong trainers do not agree by
+being wrong alike.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from twinformer.parity.compare import Comparison, compare, set_problems, sibling
 from twinformer.parity.cut import cut, describe
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.lessons import ACCUMULATION, SHARES, lessons
-from twinformer.parity.training_runs import Leaves, Step, Trained, mean_gradients, train_by_hand
+from twinformer.parity.training_runs import Leaves, Trained, mean_gradients, train_by_hand
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 
@@ -30,10 +31,6 @@ STEPS = len(SHARES)
 # A gradient agrees to 1e-14 of the module's largest; AdamW divides it by its own size, at least eps = 1e-4, which takes
 # an element that is noise to 1e-12 of an update, and twelve steps through one another to 1e-10 at the worst.
 BOUND = 1e-9
-# float32 sums of three bfloat16 gradients: a few roundings of 6e-8 of the largest; one in bfloat16 makes 4e-3
-SUM_BOUND = 1e-5
-# what is left of an update with rate 1 in the difference of two float32 weights: the largest weights are about 30
-MOVE_BOUND = 1e-3
 SCHEDULE = ScheduleConfig(name="cosine", peak=1e-2, warmup_steps=3, total_steps=STEPS, final_fraction=0.1)
 # a seed that needs both words of a key
 TRAINING = TrainingConfig(
@@ -47,18 +44,10 @@ TRAINING = TrainingConfig(
 # in one place: which keys go to which places is asked by the rung of dropout, here which step they belong to
 _RATES = {"dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.2}
 _TOLD = ("count", "learning_rate", "loss", "gradient_norm")
-# what bfloat16 is summed in: three micro-batches by themselves and together, momentum as the place where sums are kept
-_SUMS = TrainingConfig(
-    optimizer=OptimizerConfig(name="sgd", momentum=0.5, weight_decay=0.0, clip_norm=None),
-    schedule=ScheduleConfig(name="constant", peak=1.0, total_steps=1),
-    accumulation=3,
-    dropout=False,
-)
-_SUM_SHARES = ((1.0, 0.1, 0.4),)
 
 
 def check(evidence: Evidence) -> Rung:
-    """Compare both runs with each other and with the judge's, then each twin's sums in bfloat16 with its own parts."""
+    """Compare both runs with each other, and with the judge's."""
     whole = evidence.case
     if whole.config.head == "none":
         return does_not_apply("the model has no head: there is nothing that it predicts")
@@ -69,7 +58,7 @@ def check(evidence: Evidence) -> Rung:
     runs = []
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: {STEPS} steps")
-        runs += twin.train(case, training, [batches])
+        runs += twin.once("training", case, partial(twin.train, case, training, [batches]))
     first, second = (twin.name for twin in evidence.twins)
     pairs = {f"{first}, {second}": (runs[0], runs[1], first, second)}
     pairs |= {f"{name}, by hand": (run, by_hand, name, "by hand") for name, run in ((first, runs[0]),)}
@@ -81,13 +70,12 @@ def check(evidence: Evidence) -> Rung:
     parted = first_parted(comparisons)
     if parted and not all(one.agrees for one in _compared(f"{second}, by hand", runs[1], by_hand)):
         comparisons += _compared(f"{second}, by hand", runs[1], by_hand)
-    sums = [found for twin in evidence.twins for found in sums_in_bfloat16(twin, whole, evidence)]
-    rung = rung_of(f"{STEPS} steps, {len(comparisons)} figures, {len(sums)} sums", [*comparisons, *sums], problems)
+    rung = rung_of(f"{STEPS} steps, {len(comparisons)} figures", comparisons, problems)
     clipped = {step.gradient_norm > _norm(training) for step in by_hand.steps if step.count}
     if rung.verdict == "agree" and clipped != {True, False}:
         rung.verdict, rung.problems = "cannot tell", ["clipping: expected active and inactive steps, got one kind only"]
     if rung.verdict == "differ":
-        _blame(rung, parted, sums)
+        _blame(rung, parted)
     rung.notes += describe(case.config, whole.config)
     return rung
 
@@ -170,11 +158,9 @@ def _when(one: Comparison) -> tuple[int, int]:
     return step, kind
 
 
-def _blame(rung: Rung, parted: Sequence[Comparison], sums: Sequence[Comparison]) -> None:
+def _blame(rung: Rung, parted: Sequence[Comparison]) -> None:
     """Name what parted first, and whose step is not that of the judge."""
-    wrong = [one for one in sums if not one.agrees]
     if not parted:
-        rung.culprits = list(dict.fromkeys(one.name.partition(" of ")[0].partition(" (")[0] for one in wrong))
         return
     step, _ = _when(parted[0])
     paths = list(dict.fromkeys(one.name.rpartition(" (step ")[0] for one in parted))
@@ -186,57 +172,3 @@ def _blame(rung: Rung, parted: Sequence[Comparison], sums: Sequence[Comparison])
     rung.notes.append(f"parted first {where}: {parted[0].describe()}")
     if sides:
         rung.notes.append(f"not as the judge has it by hand: {', '.join(dict.fromkeys(sides))}")
-
-
-# ---- sums in bfloat16
-
-
-def sums_in_bfloat16(twin: Twin, whole: Case, evidence: Evidence) -> list[Comparison]:
-    """One step over three micro-batches against a step over each of them: gradients are summed wide, and divided once.
-
-    Of one twin alone, in bfloat16, with a model of one layer. A gradient is what momentum begins as.
-    """
-    evidence.progress(f"{twin.name}: sums of micro-batches in bfloat16")
-    sized = cut(whole, lessons(whole.config, ((1.0,),))[0][0].inputs, layers=1).config
-    batches = lessons(sized, _SUM_SHARES)[0]
-    case = cut(whole, batches[0].inputs, layers=1).in_dtype("bfloat16")
-    runs = twin.train(case, _SUMS, [[chosen] for chosen in (*([batch] for batch in batches), batches)], evaluate=False)
-    *parts, together = (_momentum(run) for run in runs)
-    step = runs[-1].steps[0]
-    counts = [batch.count for batch in batches]
-    means = {
-        path: sum(count * part[path] for count, part in zip(counts, parts, strict=True)) / sum(counts)
-        for path in together
-    }
-    scales = sibling_scales(means)
-    found = [
-        compare(f"sum of {path} ({twin.name})", together[path], mean, bound=SUM_BOUND, scale=scales[path])
-        for path, mean in means.items()
-    ]
-    norm = np.array([math.sqrt(sum(float((leaf**2).sum()) for leaf in together.values()))])
-    found.append(compare(f"norm of the sum ({twin.name})", np.array([step.gradient_norm]), norm, bound=SUM_BOUND))
-    masters = _moved(runs[-1], case)
-    found += [
-        compare(f"move of {path} ({twin.name})", masters[path], -together[path], bound=MOVE_BOUND, scale=scales[path])
-        for path in masters
-    ]
-    return found
-
-
-def _momentum(run: Trained) -> Leaves:
-    prefix = "optimizer/momentum/"
-    return {name.removeprefix(prefix): leaf for name, leaf in run.state.items() if name.startswith(prefix)}
-
-
-def _moved(run: Trained, case: Case) -> Leaves:
-    """By how much the float32 masters moved from the weights that they began as."""
-    prefix = "optimizer/master/"
-    return {
-        path: leaf - case.tensors[path].astype(np.float64)
-        for name, leaf in run.state.items()
-        if name.startswith(prefix)
-        for path in [name.removeprefix(prefix)]
-    }
-
-
-__all__ = ["BOUND", "STEPS", "TRAINING", "Step", "check", "first_parted", "sums_in_bfloat16"]

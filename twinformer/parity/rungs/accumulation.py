@@ -1,0 +1,97 @@
+"""Rung 6, continued: in bfloat16 the gradients of micro-batches are summed wide, and divided once.
+
+Two trainings in bfloat16 differ by rounding, so each twin is held against itself: one step over three micro-batches
+against a step over each of them. The gradients of a micro-batch are the same numbers both times, and what is done with
+them is float32 arithmetic. A gradient is read where it is kept, in a momentum that was 0 before.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from twinformer.learning import OptimizerConfig, ScheduleConfig, TrainingConfig
+from twinformer.parity.case import Case
+from twinformer.parity.compare import Comparison, compare, sibling_scales
+from twinformer.parity.cut import cut
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.lessons import lessons
+from twinformer.parity.training_runs import Leaves, Trained
+from twinformer.parity.twins import Twin
+from twinformer.parity.verdict import Rung, does_not_apply, rung_of
+
+# a few roundings of 6e-8 of the largest; one in bfloat16 makes 4e-3
+BOUND = 1e-5
+# what is left of an update with rate 1 in the difference of two float32 weights, the largest of which are about 30
+MOVE_BOUND = 1e-3
+# the rate of the first step is the peak, without a warm-up
+TRAINING = TrainingConfig(
+    optimizer=OptimizerConfig(name="sgd", momentum=0.5, weight_decay=0.0, clip_norm=None),
+    schedule=ScheduleConfig(name="constant", peak=1.0, warmup_steps=0, total_steps=1),
+    accumulation=3,
+    dropout=False,
+)
+_SHARES = ((1.0, 0.1, 0.4),)
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare the sum's gradient, its norm and the first move of every weight with those of the parts."""
+    if evidence.case.config.head == "none":
+        return does_not_apply("the model has no head: there is nothing that it predicts")
+    comparisons = []
+    for twin in evidence.twins:
+        evidence.progress(f"{twin.name}: sums of micro-batches in bfloat16")
+        comparisons += of_twin(twin, evidence.case)
+    rung = rung_of(f"{len(comparisons)} sums and moves of each twin by itself", comparisons)
+    if rung.verdict == "differ":
+        rung.culprits = list(dict.fromkeys(one.name.partition(" of ")[0] for one in comparisons if not one.agrees))
+    return rung
+
+
+def of_twin(twin: Twin, whole: Case) -> list[Comparison]:
+    """With a model of one layer."""
+    sized = cut(whole, lessons(whole.config, ((1.0,),))[0][0].inputs, layers=1).config
+    batches = lessons(sized, _SHARES)[0]
+    case = cut(whole, batches[0].inputs, layers=1).in_dtype("bfloat16")
+    *parts, together = twin.once(
+        "accumulation",
+        case,
+        lambda: twin.train(case, TRAINING, [[[one]] for one in batches] + [[batches]], evaluate=False),
+    )
+    counts = [batch.count for batch in batches]
+    means = _mean([_momentum(part) for part in parts], counts)
+    scales = sibling_scales(means)
+    sums = _momentum(together)
+    found = [
+        compare(f"sum of {path} ({twin.name})", sums[path], mean, bound=BOUND, scale=scales[path])
+        for path, mean in means.items()
+    ]
+    norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in sums.values()))
+    told = together.steps[0].gradient_norm
+    found.append(compare(f"norm of the sum ({twin.name})", np.array([told]), np.array([norm]), bound=BOUND))
+    found += [
+        compare(f"move of {path} ({twin.name})", move, -sums[path], bound=MOVE_BOUND, scale=scales[path])
+        for path, move in _moves(together, case).items()
+    ]
+    return found
+
+
+def _mean(parts: list[Leaves], counts: list[int]) -> Leaves:
+    """Over all targets, of means over the targets of each part."""
+    share = np.array(counts) / sum(counts)
+    return {path: np.tensordot(share, np.stack([part[path] for part in parts]), 1) for path in parts[0]}
+
+
+def _momentum(run: Trained) -> Leaves:
+    return _slot(run, "momentum")
+
+
+def _moves(run: Trained, case: Case) -> Leaves:
+    """By how much the float32 masters moved from the weights that they began as."""
+    return {path: leaf - case.tensors[path].astype(np.float64) for path, leaf in _slot(run, "master").items()}
+
+
+def _slot(run: Trained, name: str) -> Leaves:
+    prefix = f"optimizer/{name}/"
+    return {path.removeprefix(prefix): leaf for path, leaf in run.state.items() if path.startswith(prefix)}

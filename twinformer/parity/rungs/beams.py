@@ -1,0 +1,33 @@
+"""Rung 8, continued: which hypotheses a beam keeps; streams and scores of what was written.
+
+Both twins search with the case's model and both length penalties, against the reference's own search, which asks for
+one full forward in each step. With all weights zero every continuation ties, and only the order decides.
+"""
+
+from __future__ import annotations
+
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs.sampling import add, prepared, verdict
+from twinformer.parity.verdict import Rung, does_not_apply
+from twinformer.parity.writing_checks import Problems, rescored, searched
+
+
+def check(evidence: Evidence) -> Rung:
+    """Beams first, then the other ways to the same tokens and log-probabilities."""
+    whole = evidence.case
+    if whole.config.architecture == "encoder":
+        return does_not_apply("an encoder writes no tokens: there is nothing to search")
+    case, writing = prepared(whole)
+    comparisons = []
+    problems: Problems = {}
+    hypotheses = 0
+    for twin in evidence.twins:
+        evidence.progress(f"{twin.name}: beam search")
+        wrong, count = searched(twin, evidence.twins[0], case, writing)
+        add(problems, twin.name, wrong)
+        hypotheses += count
+        evidence.progress(f"{twin.name}: streams and scores")
+        figures, wrong = rescored(twin, evidence.twins[0], case, writing)
+        comparisons += figures
+        add(problems, twin.name, wrong)
+    return verdict(f"{hypotheses} hypotheses, a stream and scores", comparisons, problems, case, whole)
