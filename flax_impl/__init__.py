@@ -8,7 +8,7 @@ One letter for each dimension, in every signature of this package and of its twi
     K  key_dim, per head            J  value_dim       N  context_length
 
 Reading order: dropout, linear, masks, positions, norms, feedforward, attention, block, stack, embeddings,
-models, weights; losses, optimizers; cache, sampling, generation, beam.
+models, weights; losses, optimizers, lora, training; cache, sampling, generation, beam.
 """
 
 from flax_impl.attention import AttentionLayer, attend
@@ -20,6 +20,7 @@ from flax_impl.embeddings import Embeddings, TokenEmbedding, unembed
 from flax_impl.feedforward import FeedForward, activate
 from flax_impl.generation import Generator, score
 from flax_impl.linear import Linear
+from flax_impl.lora import init_adapters, merge
 from flax_impl.losses import cross_entropy, mean_loss, next_tokens
 from flax_impl.masks import (
     causal_mask,
@@ -55,6 +56,7 @@ from flax_impl.sampling import (
     uniforms,
 )
 from flax_impl.stack import TransformerStack
+from flax_impl.training import Trainer
 from flax_impl.weights import export_weights, initialize, load, load_weights, save
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "TokenEmbedding",
     "TopK",
     "TopP",
+    "Trainer",
     "TransformerStack",
     "activate",
     "alibi_bias",
@@ -97,6 +100,7 @@ __all__ = [
     "fold",
     "global_norm",
     "greedy",
+    "init_adapters",
     "init_cache",
     "initialize",
     "load",
@@ -105,6 +109,7 @@ __all__ = [
     "make_norm",
     "masked_softmax",
     "mean_loss",
+    "merge",
     "next_tokens",
     "padding_mask",
     "philox",

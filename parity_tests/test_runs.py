@@ -184,14 +184,15 @@ def test_a_torn_last_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
 # ---- how it ends
 
 
+class Worse(NumpyTrainer):
+    """Validation gets worse after step 6."""
+
+    def evaluate(self, state, batch):
+        found = super().evaluate(state, batch)
+        return type(found)(found.count * abs(state["step"] - 6.0) + 1, found.count, found.correct)
+
+
 def test_validation_best_and_early_stop(tmp_path):
-    class Worse(NumpyTrainer):
-        """Validation gets worse after step 6."""
-
-        def evaluate(self, state, batch):
-            found = super().evaluate(state, batch)
-            return type(found)(found.count * abs(state["step"] - 6.0) + 1, found.count, found.correct)
-
     made = Made(tmp_path, trainer=Worse, steps=40, patience=2, save_every=100).begun()
     ending = made.go()
     assert (ending.reason, ending.step) == ("early stop", 12)
@@ -200,6 +201,29 @@ def test_validation_best_and_early_stop(tmp_path):
     assert made.store.last().step == 12
     again = Made(tmp_path, trainer=Worse, steps=40, patience=2).resumed()
     assert (again.go().reason, again.run.step) == ("early stop", 12)
+
+
+def test_a_best_that_could_not_be_saved_is_no_best(tmp_path, monkeypatch):
+    """Validation is best after step 6, which finds no room: best.json keeps naming what is there."""
+    made = Made(tmp_path, trainer=Worse).begun()
+    Full(made.store, monkeypatch, {6})
+    made.go()
+    assert made.store.best().step == 3
+    assert not (made.store.directory / "step-00000006").exists()
+
+
+def test_the_best_can_be_chosen_by_accuracy(tmp_path):
+    class Opposed(Worse):
+        """Accuracy is best where the loss is worst: before step 6 the earlier, after it the later the better."""
+
+        def evaluate(self, state, batch):
+            found = super().evaluate(state, batch)
+            return type(found)(found.total, found.count, int(abs(state["step"] - 6)))
+
+    by_loss = Made(tmp_path / "loss", trainer=Opposed).begun()
+    by_accuracy = Made(tmp_path / "accuracy", trainer=Opposed, best_by="accuracy").begun()
+    assert by_loss.go().best["step"] == 6
+    assert by_accuracy.go().best["step"] == 12
 
 
 def test_the_time_limit_ends_a_run_that_can_go_on(tmp_path):
@@ -244,9 +268,13 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, what, log_
         made.go()
     message = str(caught.value)
     assert "the last good checkpoint is that of step 6" in message
-    named = {"loss": "loss of step 8 is nan", "gradient_norm": "gradient norm of step 8 is inf", "weights": "step 9"}
-    # a NaN in the weights alone shows at the checkpoint of step 8
-    assert named[what] in message or (what == "weights" and "table.weight: expected finite values, got 1" in message)
+    # a NaN in the weights alone is met when they are to be saved, after step 8
+    named = {
+        "loss": "loss of step 8 is nan",
+        "gradient_norm": "gradient norm of step 8 is inf",
+        "weights": "table.weight: expected finite values, got 1",
+    }
+    assert named[what] in message
     last = made.store.last()
     assert last.step == 6
     assert all(np.isfinite(tensor).all() for tensor in last.state("torch").values())

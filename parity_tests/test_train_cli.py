@@ -297,7 +297,8 @@ def test_tablature_for_each_architecture(tmp_path, architecture):
     )
     data = open_data(options, tmp_path)
     config, _ = model_config(options, data.model, data.usual)
-    assert (config.architecture, config.model_dim, config.key_dim, config.dropout) == (architecture, 16, 8, 0.1)
+    assert (config.architecture, config.model_dim, config.key_dim) == (architecture, 16, 8)
+    assert (config.vocab_size, config.positions) == (data.train.vocab_size, data.usual["positions"])
     write_model(tmp_path / "model", config, initial_weights(config, 0))
     report = evaluate(find(tmp_path / "model"), data="guitar-tab", batch_size=8, limit=12)
     found = {(one.system, one.name): one.value for one in report.measures}

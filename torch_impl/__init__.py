@@ -1,7 +1,7 @@
 """The transformer of twinformer in PyTorch.
 
 Read the files in this order: dropout, linear, masks, positions, norms, feedforward, attention, cache, block, stack,
-embeddings, models, weights, losses, optimizers, sampling, generation, beam. Each states the equations that it
+embeddings, models, weights, losses, optimizers, lora, training, sampling, generation, beam. Each states the equations that it
 computes; the book is Jurafsky & Martin, *Speech and Language Processing*, 3rd edition draft, chapters "Transformers"
 and "Machine Translation".
 
@@ -28,6 +28,7 @@ from torch_impl.embeddings import Embeddings, TokenEmbedding, unembed
 from torch_impl.feedforward import FeedForward, activate
 from torch_impl.generation import Generator, score
 from torch_impl.linear import Linear
+from torch_impl.lora import init_adapters, merge
 from torch_impl.losses import cross_entropy, mean_loss, next_tokens
 from torch_impl.masks import (
     causal_mask,
@@ -63,6 +64,7 @@ from torch_impl.sampling import (
     uniforms,
 )
 from torch_impl.stack import TransformerStack
+from torch_impl.training import Trainer
 from torch_impl.weights import export_weights, initialize, load, load_weights, save
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "TokenEmbedding",
     "TopK",
     "TopP",
+    "Trainer",
     "TransformerStack",
     "activate",
     "alibi_bias",
@@ -105,6 +108,7 @@ __all__ = [
     "fold",
     "global_norm",
     "greedy",
+    "init_adapters",
     "init_cache",
     "initialize",
     "load",
@@ -113,6 +117,7 @@ __all__ = [
     "make_norm",
     "masked_softmax",
     "mean_loss",
+    "merge",
     "next_tokens",
     "padding_mask",
     "philox",

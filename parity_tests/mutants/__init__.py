@@ -8,19 +8,26 @@ from parity_tests.mutants import (
     absent,
     activations,
     attention,
+    decoding,
     dropout,
     masks,
     models,
     norms,
+    optimizers,
     positions,
     precision,
+    sampling,
+    training,
     weights,
 )
 from parity_tests.mutants.cases import CASES
 from parity_tests.mutants.registry import CONTROLS, DOES_NOT_APPLY, MUTANTS, ROWS
 from twinformer.parity.mutation import Catalogue
 
-GROUPS = (norms, activations, attention, masks, positions, weights, models, dropout, precision, absent)
+GROUPS = (
+    *(norms, activations, attention, masks, positions, weights, models, dropout, precision),
+    *(optimizers, training, decoding, sampling, absent),
+)
 CATALOGUE = Catalogue(tuple(MUTANTS), tuple(CONTROLS), CASES, DOES_NOT_APPLY)
 
 __all__ = ["CASES", "CATALOGUE", "CONTROLS", "DOES_NOT_APPLY", "GROUPS", "MUTANTS", "ROWS"]

@@ -176,6 +176,11 @@ _MAKERS: dict[str, Callable[[str], Case]] = {
     "untied": _plain(_DECODER, head="untied"),
     "dropout": _plain(_DECODER | _DROPOUT, num_layers=1),
     "dropout-layers": _plain(_LLAMA, hidden_dropout=0.3),
+    # one layer: what is asked of a training step, and of what is written, needs no more
+    "train-decoder": _plain(_DECODER, num_layers=1),
+    "train-encoder": _plain(_BERT, num_layers=1),
+    "train-encoder-decoder": _plain(_BOTH, num_layers=1, num_encoder_layers=1),
+    "write-decoder": _plain(_DECODER, num_layers=1),
     # more than 256 positions
     "long-rotary": _plain(_LLAMA, context_length=272, num_layers=1, rotary_dim=4, length=264),
     "long-decoder": _plain(_DECODER, context_length=272, num_layers=1, length=264),

@@ -110,7 +110,10 @@ def _tell(place: Path, ending: Any) -> None:
     told = {"finished": "finished", "early stop": "stopped early", "time": "time is up", "signal": "stopped"}
     lines = [f"{told[ending.reason]} after step {ending.step}, saved"]
     if ending.best is not None:
-        lines.append(f"best validation loss {ending.best['loss']:.4f} at step {ending.best['step']}")
+        best = ending.best
+        lines.append(
+            f"best validation at step {best['step']}: loss {best['loss']:.4f}, accuracy {best['accuracy']:.2%}"
+        )
     if ending.largest_difference is not None:
         lines.append(f"the twins' losses were apart by at most {ending.largest_difference:.1e} of the larger")
     if ending.reason in ("signal", "time"):
@@ -162,7 +165,7 @@ def _signature() -> inspect.Signature:
 
 def _plain(hint: Any) -> Any:
     """The type that the command line takes: choices are text here, and looked at with all other options."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     kind = next(option for option in options if option is not types.NoneType)
     return str if typing.get_origin(kind) is Literal else kind
 

@@ -82,6 +82,7 @@ _TEXT: dict[str, Any] = {
     "batch_size": 16,
     "length": 128,
     "dropout": 0.1,
+    "best_by": "loss",
     "schedule": {"peak": 1e-3, "final_fraction": 0.1},
     "optimizer": {"weight_decay": 0.1, "beta2": 0.98},
 }
@@ -89,6 +90,7 @@ _PROPOSED: dict[str, dict[str, Any]] = {
     "guitar-tab": {
         "steps": 2000,
         "batch_size": 64,
+        "best_by": "accuracy",
         "schedule": {"peak": 2e-3, "final_fraction": 0.02},
         "optimizer": {"weight_decay": 0.05, "beta2": 0.98},
     },

@@ -24,7 +24,7 @@ from twinformer.errors import CheckpointError, TwinformerError, WeightsError
 from twinformer.learning import Evaluation, Metrics, Trainer
 from twinformer.runs.checkpoints import CheckpointStore
 from twinformer.runs.log import MetricsLog
-from twinformer.runs.options import RunOptions
+from twinformer.runs.options import BestBy, RunOptions
 from twinformer.runs.records import Checkpoint
 from twinformer.runs.screen import Screen
 from twinformer.runs.signals import Signals
@@ -221,10 +221,10 @@ class Run:
         line = {name: {"loss": one.loss, "accuracy": one.accuracy} for name, one in found.items()}
         self._log.add({"kind": "valid", "step": self.step, **line})
         self._log.flush()
-        first = next(iter(found.values())).loss
-        better = self.best is None or first < self.best["loss"]
+        numbers = next(iter(line.values()))
+        better = self.best is None or _is_better(numbers, self.best, self.options.best_by or "loss")
         if better:
-            self.best = {"step": self.step, "loss": first}
+            self.best = {"step": self.step, **numbers}
         self.without_best = 0 if better else self.without_best + 1
         self._validated = self.step
         self.screen.validated(self.step, line, better=better)
@@ -275,6 +275,10 @@ class Run:
             else f"the last good checkpoint is that of step {self._saved}"
         )
         return DivergedError("training has diverged", [*problems, f"{saved}; nothing of this was saved"])
+
+
+def _is_better(found: Mapping[str, float], best: Mapping[str, float], by: BestBy) -> bool:
+    return found["accuracy"] > best["accuracy"] if by == "accuracy" else found["loss"] < best["loss"]
 
 
 def _apart(one: float, other: float) -> float:

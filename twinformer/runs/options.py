@@ -26,6 +26,7 @@ Backend = Literal["torch", "flax", "both"]
 VocabularyKind = Literal["bpe", "wordpiece", "unigram", "words", "characters"]
 DocumentKind = Literal["lines", "paragraphs", "file", "jsonl"]
 Mode = Literal["documents", "stream"]
+BestBy = Literal["loss", "accuracy"]
 
 OPTIONS_FILE = "options.toml"
 
@@ -97,6 +98,9 @@ class RunOptions:
     valid_every: Annotated[int, Told("Validate after so many steps.", least=1)] = 100
     valid_batches: Annotated[int | None, Told("Batches of a validation; left out, all of them.", least=1)] = None
     patience: Annotated[int | None, Told("Stop after so many validations without a new best.", least=1)] = None
+    best_by: Annotated[
+        BestBy | None, Told("What makes a validation the best: loss or accuracy. Default: loss; tablature: accuracy.")
+    ] = None
     save_every: Annotated[int, Told("Save a checkpoint after so many steps; each new best is saved too.", least=1)] = (
         500
     )

@@ -16,7 +16,7 @@ QUARTER = 12
 MAX_TWELFTHS = 1_000_000
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Note:
     """From ``start`` for ``duration`` twelfths; ``string`` (0 the lowest) and ``fret`` where they are known."""
 

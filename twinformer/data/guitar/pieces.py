@@ -53,7 +53,7 @@ class Attribution:
 
 def read_attributions(file: str | Path) -> tuple[Attribution, ...]:
     """The table of attributions. Raises InputError naming every line that does not parse or comes twice."""
-    lines = read_text(Path(file)).splitlines()
+    lines = read_text(Path(file)).removesuffix("\n").split("\n")
     problems = Problems(str(file), InputError)
     header = "\t".join(_COLUMNS)
     problems.expect(lines[:1] == [header], f"line 1: expected {header!r}, got {lines[0] if lines else ''!r}")

@@ -58,10 +58,12 @@ def read_pieces(file: str | Path, *, mmm_unit: float = MMM_UNIT) -> list[tuple[s
     Raises InputError naming line and place of what is wrong, CheckpointError where the file does not read. Empty
     lines are an error too, since attributions go by line number.
     """
-    lines = read_text(Path(file)).splitlines()
+    text = read_text(Path(file))
     problems = Problems(str(file), InputError)
-    problems.expect(bool(lines), "expected one piece a line, got an empty file")
+    problems.expect(bool(text.strip()), "expected one piece a line, got an empty file")
+    problems.raise_if_any()
     pieces = []
+    lines = text.removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             pieces.append(parse(line, mmm_unit=mmm_unit))
