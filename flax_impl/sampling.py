@@ -89,7 +89,8 @@ class TopP:
         """What stays of the first ``count`` tokens, and whether their mass reaches p (or there is nothing to reach)."""
         masses = _masses(x)
         total = jnp.sum(masses, axis=-1, keepdims=True)
-        first, ids = jax.lax.top_k(x, count)  # of equals the lower id comes first
+        # of equals the lower id comes first; but -0 would come after 0
+        first, ids = jax.lax.top_k(jnp.where(x == 0, 0, x), count)
         mass = jnp.cumsum(_masses(first) / total, axis=-1)
         before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
         kept = jnp.sum(before < self.p, axis=-1, keepdims=True, dtype=jnp.int32)

@@ -118,6 +118,15 @@ def test_midi_in_another_resolution_with_rounding_drums_and_notes_left_on(tmp_pa
     assert len(piece.remarks) == 3
 
 
+def test_of_two_equal_notes_the_older_one_ends_first(tmp_path):
+    """Two voices in unison: tokens and MIDI alike say only that one of them ends."""
+    text = "PIECE_START TS=2_4 BAR_START ON=60 TD=3 ON=60 TD=3 OFF=60 TD=6 OFF=60 BAR_END PIECE_END"
+    piece = piece_of(text.split())
+    assert piece.notes == (Note(0, 60, 6), Note(3, 60, 9))
+    write_music(piece, tmp_path / "a.mid")
+    assert read_music(tmp_path / "a.mid")[0].notes == piece.notes
+
+
 @needs_guitar("mutopia_valid.txt")
 def test_published_pieces_survive_midi(tmp_path):
     for tokens in read_pieces(SHARED_GUITAR / "mutopia_valid.txt")[:3]:

@@ -251,6 +251,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_piece():
     data = GuitarPieces(pieces, context_length=16, batch_size=4, seed=5)
     moves = [[data.transposition(epoch, piece) for piece in range(4)] for epoch in range(60)]
     assert {move for row in moves for move in row} == set(range(-4, 5))
+    assert any(len(set(row)) == 4 for row in moves)  # each piece by itself
     alone = GuitarPieces(pieces[:2], context_length=16, batch_size=1, seed=5)
     assert [alone.transposition(7, piece) for piece in range(2)] == moves[7][:2]  # whatever the other pieces are
     step = 2 * data.steps_per_epoch + 1

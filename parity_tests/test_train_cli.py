@@ -300,10 +300,10 @@ def test_tablature_for_each_architecture(tmp_path, architecture):
     assert (config.architecture, config.model_dim, config.key_dim) == (architecture, 16, 8)
     assert (config.vocab_size, config.positions) == (data.train.vocab_size, data.usual["positions"])
     write_model(tmp_path / "model", config, initial_weights(config, 0))
-    report = evaluate(find(tmp_path / "model"), data="guitar-tab", batch_size=8, limit=12)
+    report = evaluate(find(tmp_path / "model"), data="guitar-tab", batch_size=6, limit=6)
     found = {(one.system, one.name): one.value for one in report.measures}
     assert found["model", "pitch right, per note"] == 1.0
-    chosen = sequences("test", 12)
+    chosen = sequences("test", 6)
     lowest = score(chosen, [lowest_fret(one.pitches) for one in chosen])
     assert found["lowest fret", "string right, per note"] == lowest.accuracy
     assert found["lowest fret", "string right, whole sequence"] == lowest.whole_accuracy

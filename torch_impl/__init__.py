@@ -1,9 +1,9 @@
 """The transformer of twinformer in PyTorch.
 
 Read the files in this order: dropout, linear, masks, positions, norms, feedforward, attention, cache, block, stack,
-embeddings, models, weights, losses, optimizers, lora, training, sampling, generation, beam. Each states the equations that it
-computes; the book is Jurafsky & Martin, *Speech and Language Processing*, 3rd edition draft, chapters "Transformers"
-and "Machine Translation".
+embeddings, models, weights, losses, optimizers, lora, training, sampling, generation, beam. Each states the equations
+that it computes; the book is Jurafsky & Martin, *Speech and Language Processing*, 3rd edition draft, chapters
+"Transformers" and "Machine Translation".
 
 One letter for each dimension, in signatures and in the code:
 

@@ -23,6 +23,7 @@ from twinformer.commands.common import out as _out
 from twinformer.commands.common import told_plainly as _told_plainly
 from twinformer.commands.common import write as _write
 from twinformer.commands.evaluate import evaluate
+from twinformer.commands.generate import generate
 from twinformer.commands.train import train
 from twinformer.errors import TwinformerError
 from twinformer.presets import PRESETS, preset
@@ -34,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(generate)
 app.command()(train)
 app.command()(evaluate)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from parity_tests.mutants.patching import Patch
@@ -20,21 +21,41 @@ class Altered:
         return changes[name] if name in changes else getattr(self.__dict__["_original"], name)
 
 
+def update(patch: Patch, change: Callable[..., Any]) -> None:
+    """``change(call, self, parameters, gradients, state, lr)`` in the place of an optimizer's update."""
+
+    def wrong(call: Any) -> Any:
+        def updated(self: Any, parameters: Any, gradients: Any, state: Any, lr: Any, *more: Any) -> Any:
+            def going(self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
+                return call(self, parameters, gradients, state, lr, *more)
+
+            return change(going, self, parameters, gradients, state, lr)
+
+        return updated
+
+    # in PyTorch a trainer has checked before: what it calls is the update without its checks
+    patch.method("optimizers", "Optimizer", wrong, name="_advance" if patch.is_torch else "update")
+
+
 def optimizer(patch: Patch, change: Callable[[Any, int], dict[str, Any]]) -> None:
     """While it updates the optimizer's config is as ``change(config, step)`` says."""
 
-    def wrong(call: Any) -> Any:
-        def update(self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
-            config = self.config
-            object.__setattr__(self, "config", Altered(config, **change(config, state["step"])))
-            try:
-                return call(self, parameters, gradients, state, lr)
-            finally:
-                object.__setattr__(self, "config", config)
+    def changed(call: Any, self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
+        with configured(self, **change(self.config, state["step"])):
+            return call(self, parameters, gradients, state, lr)
 
-        return update
+    update(patch, changed)
 
-    patch.method("optimizers", "Optimizer", wrong, name="update")
+
+@contextlib.contextmanager
+def configured(owner: Any, **changes: Any) -> Iterator[None]:
+    """Within, the owner's ``config`` has other values; owners may be frozen."""
+    config = owner.config
+    object.__setattr__(owner, "config", Altered(config, **changes))
+    try:
+        yield
+    finally:
+        object.__setattr__(owner, "config", config)
 
 
 def training(patch: Patch, change: Callable[[Any], dict[str, Any]]) -> None:

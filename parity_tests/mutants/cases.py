@@ -180,6 +180,8 @@ _MAKERS: dict[str, Callable[[str], Case]] = {
     "train-decoder": _plain(_DECODER, num_layers=1),
     "train-encoder": _plain(_BERT, num_layers=1),
     "train-encoder-decoder": _plain(_BOTH, num_layers=1, num_encoder_layers=1),
+    # room for three sequences where nothing makes room
+    "decode-window": _plain(_DECODER, window=4, context_length=48),
     "write-decoder": _plain(_DECODER, num_layers=1),
     # more than 256 positions
     "long-rotary": _plain(_LLAMA, context_length=272, num_layers=1, rotary_dim=4, length=264),

@@ -224,7 +224,7 @@ def _reset(patch: Patch, *kept: str) -> None:
     patch.function("cache", "reset_cache", wrong)
 
 
-@mutant("C3", case="window", culprits=_CACHE, rungs=_RUNGS)
+@mutant("C3", case="decode-window", culprits=_CACHE, rungs=_RUNGS)
 def nothing_reset(patch: Patch) -> None:
     """The flag of another object is reset: what was there is seen by the next sequence."""
     patch.function("cache", "reset_cache", lambda reset: lambda cache: cache)

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from parity_tests.mutants.altered import alone, optimizer
+from parity_tests.mutants.altered import alone, configured, optimizer, update
 from parity_tests.mutants.patching import Patch
 from parity_tests.mutants.registry import mutant
 
 _ALL = ("adamw", "sgd", "adafactor")
 _RUNGS = ("optimizer",)
-
-
-def _update(patch: Patch, change: Any) -> None:
-    """``change(call, self, parameters, gradients, state, lr)`` in the place of an update."""
-
-    def wrong(call: Any) -> Any:
-        def update(self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
-            return change(call, self, parameters, gradients, state, lr)
-
-        return update
-
-    patch.method("optimizers", "Optimizer", wrong, name="update")
 
 
 @mutant("O1", case="decoder", culprits="adamw", rungs=_RUNGS)
@@ -40,13 +28,10 @@ def decay_in_the_gradient(patch: Patch) -> None:
             path: g + config.weight_decay * parameters[path] if config.decays(path) else g
             for path, g in gradients.items()
         }
-        object.__setattr__(self, "config", type(config)(**(vars(config) | {"weight_decay": 0.0})))
-        try:
+        with configured(self, weight_decay=0.0):
             return call(self, parameters, decayed, state, lr)
-        finally:
-            object.__setattr__(self, "config", config)
 
-    _update(patch, change)
+    update(patch, change)
 
 
 @mutant("O5", case="decoder", culprits=_ALL, rungs=_RUNGS)
@@ -78,7 +63,10 @@ def _factor(patch: Patch, factor: Any) -> None:
 
         return clipped
 
-    patch.function("optimizers", "clip", wrong)
+    if patch.is_torch:
+        patch.function("optimizers", "_clip_factor", lambda _: factor)
+    else:
+        patch.function("optimizers", "clip", wrong)
 
 
 @mutant("O9", case="decoder", culprits=_ALL, rungs=_RUNGS)
@@ -132,7 +120,7 @@ def corrections_one_step_late(patch: Patch) -> None:
         parameters, after = call(self, parameters, gradients, {**state, "step": state["step"] + 1}, lr)
         return parameters, {**after, "step": after["step"] - 1}
 
-    _update(patch, change)
+    update(patch, change)
 
 
 @mutant("T76", case="decoder", culprits="sgd", rungs=_RUNGS)
@@ -146,18 +134,15 @@ def decay_of_the_new_weights(patch: Patch) -> None:
 
     def change(call: Any, self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
         config = self.config
-        object.__setattr__(self, "config", type(config)(**(vars(config) | {"weight_decay": 0.0})))
-        try:
+        with configured(self, weight_decay=0.0):
             moved, after = call(self, parameters, gradients, state, lr)
-        finally:
-            object.__setattr__(self, "config", config)
         kept = 1 - lr * config.weight_decay
         for path in moved:
             if config.decays(path):
                 moved[path] = moved[path].mul_(kept) if patch.is_torch else moved[path] * kept
         return moved, after
 
-    _update(patch, change)
+    update(patch, change)
 
 
 @mutant("T78", case="decoder", culprits=_ALL, rungs=_RUNGS)

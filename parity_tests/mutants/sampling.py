@@ -24,7 +24,7 @@ def _processor(patch: Patch, name: str, change: Any) -> None:
 
 
 def _hide(patch: Patch, x: Any, kept: Any) -> Any:
-    return patch.xp.where(kept, x, x * 0 - patch.xp.inf)
+    return patch.xp.where(kept, x, patch.xp.full_like(x, -patch.xp.inf))
 
 
 @mutant("C6", case=_CASE, culprits="TopP", rungs=_RUNGS)
@@ -38,7 +38,7 @@ def crossing_token_dropped(patch: Patch) -> None:
         kept = y > -patch.xp.inf
         V = y.shape[-1]
         # the last of the order: the lowest logit, and of equals the highest id
-        lowest = patch.flip(patch.xp.where(kept, y, y * 0 + patch.xp.inf), -1).argmin(-1)
+        lowest = patch.flip(patch.xp.where(kept, y, patch.xp.full_like(y, patch.xp.inf)), -1).argmin(-1)
         is_last = patch.arange(V) == (V - 1 - lowest)[..., None]
         return _hide(patch, y, kept & ~(is_last & (kept.sum(-1) > 1)[..., None]))
 
@@ -74,7 +74,7 @@ def ties_stay(patch: Patch) -> None:
 
     def change(call: Any, self: Any, x: Any, seen: Any) -> Any:
         y = call(self, x, seen)
-        lowest = patch.xp.where(y > -patch.xp.inf, y, y * 0 + patch.xp.inf)
+        lowest = patch.xp.where(y > -patch.xp.inf, y, patch.xp.full_like(y, patch.xp.inf))
         lowest = lowest.amin(-1) if patch.is_torch else lowest.min(-1)
         return _hide(patch, x, x >= lowest[..., None])
 

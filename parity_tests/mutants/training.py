@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.mutants.altered import Altered, alone, training
+from parity_tests.mutants.altered import Altered, alone, optimizer, training, update
 from parity_tests.mutants.patching import Patch
 from parity_tests.mutants.registry import mutant
 
@@ -230,15 +230,12 @@ def trained_without_dropout(patch: Patch) -> None:
 def average_left_as_it_was(patch: Patch) -> None:
     """The running average is made and never brought up to date."""
 
-    def wrong(call: Any) -> Any:
-        def update(self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
-            old = {path: leaf + 0 for path, leaf in state.get("ema", {}).items()}
-            parameters, after = call(self, parameters, gradients, state, lr)
-            return parameters, {**after, "ema": old} if old else after
+    def change(call: Any, self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
+        old = {path: leaf + 0 for path, leaf in state.get("ema", {}).items()}
+        parameters, after = call(self, parameters, gradients, state, lr)
+        return parameters, {**after, "ema": old} if old else after
 
-        return update
-
-    patch.method("optimizers", "Optimizer", wrong, name="update")
+    update(patch, change)
 
 
 @mutant("T87", case=_CASE, culprits="evaluation: *", rungs=_RUNGS)
@@ -281,10 +278,7 @@ def norm_told_after_clipping(patch: Patch) -> None:
 def clipped_before_the_division(patch: Patch) -> None:
     """The largest norm is held against the norm of the sum, as if there was one target."""
 
-    def wrong(clip: Any) -> Any:
-        return lambda gradients, max_norm: clip(gradients, max_norm / 10)
-
-    patch.function("optimizers", "clip", wrong)
+    optimizer(patch, lambda config, step: {"clip_norm": config.clip_norm / 10})
 
 
 @mutant("T90", case="train-encoder-decoder", culprits="loss", rungs=_RUNGS)

@@ -50,48 +50,67 @@ def find(decoder: Decoder, plan: Plan, cells: Sequence[str]) -> list[Found]:
 
 
 def _first(whole: Sequence[Seen], steps: Sequence[Sequence[Seen]], cut: Sequence[int]) -> Found | None:
-    """Of the calls that both made, in the order of the full forward, the first in which they part."""
+    """Of the calls that both made, in the order of the full forward, the first in which they part.
+
+    Within attention the query, the sum over the values and the output finish before attention does: what it was handed
+    is looked at first.
+    """
     by_step = [_numbered(seen) for seen in steps]
-    for name, one in _numbered(whole).items():
-        others = [seen.get(name) for seen in by_step]
-        if any(other is None for other in others):
+    calls = _numbered(whole)
+    for name, one in calls.items():
+        parts = _in_all(by_step, name)
+        if parts is None or not _differs(one, parts, cut):
             continue
-        parts = [other for other in others if other is not None]
-        if one.path.endswith(".recall"):
-            found = _recalled(one, parts, cut)
-            if found is not None:
-                return found
-            continue
-        axis = 2 if one.kind in _BY_HEAD or one.path.rpartition(".")[2] in _HEAD_NORMS else 1
-        places = [2, 2, 1] if one.path.endswith(".remember") else [axis]
-        differs = [
-            not _same(out, [part.outputs[k] for part in parts], places[k], cut)
-            for k, out in enumerate(one.outputs)
-            if k < len(places)
-        ]
-        if not any(differs):
-            continue
-        given = _other_arguments(one, parts, cut, axis)
-        if "positions" in given or "ids" in given:
-            return Found(MODEL, f"{name}: it is handed other positions than in the full forward")
-        if given:
-            owner = one.path.removesuffix(".remember").rpartition(".")[0]
-            return Found(owner or MODEL, f"{name}: its arguments differ first ({', '.join(given)})")
-        path = one.path.removesuffix(".remember")
-        return Found(path, f"{name}: the first output that differs, on the same arguments")
+        layer = one.path.removesuffix(".recall") if one.path.endswith(".recall") else one.path.rpartition(".")[0]
+        recall, remembered = f"{layer}.recall", one.path.endswith(".remember")
+        handed = None if remembered else _in_all(by_step, recall)
+        if recall in calls and handed is not None:
+            return _recalled(calls[recall], handed, cut)
+        return _named(one, parts, calls, by_step, cut)
     return None
 
 
-def _recalled(one: Seen, parts: Sequence[Seen], cut: Sequence[int]) -> Found | None:
+def _named(
+    one: Seen, parts: Sequence[Seen], calls: dict[str, Seen], by_step: Sequence[dict[str, Seen]], cut: Sequence[int]
+) -> Found:
+    """The module, or where it was handed something else the one around it, as far up as that can be seen."""
+    given = _other_arguments(one, parts, cut)
+    if "positions" in given or "ids" in given:
+        return Found(MODEL, f"{one.path}: it is handed other positions than in the full forward")
+    path = one.path.removesuffix(".remember")
+    if not given:
+        return Found(path, f"{one.path}: the first output that differs, on the same arguments")
+    owner = path.rpartition(".")[0]
+    around = _in_all(by_step, owner) if owner in calls else None
+    if around is not None:
+        return _named(calls[owner], around, calls, by_step, cut)
+    return Found(owner or MODEL, f"{one.path}: its arguments differ first ({', '.join(given)})")
+
+
+def _in_all(by_step: Sequence[dict[str, Seen]], name: str) -> list[Seen] | None:
+    """That call in every step; None where some step has none."""
+    found = [seen[name] for seen in by_step if name in seen]
+    return found if len(found) == len(by_step) else None
+
+
+def _differs(one: Seen, parts: Sequence[Seen], cut: Sequence[int]) -> bool:
+    axis = 2 if one.kind in _BY_HEAD or one.path.rpartition(".")[2] in _HEAD_NORMS else 1
+    places = (2, 2, 1) if one.path.endswith(".remember") else (axis,)
+    return not all(
+        _same(output, [part.outputs[k] for part in parts], place, cut)
+        for k, (output, place) in enumerate(zip(one.outputs, places, strict=False))
+    )
+
+
+def _recalled(one: Seen, parts: Sequence[Seen], cut: Sequence[int]) -> Found:
     """Attention to what is remembered: what it was handed, then what it gave."""
     layer = one.path.removesuffix(".recall")
     stack = layer.partition(".blocks.")[0]
-    if _same(one.outputs[0], [part.outputs[0] for part in parts], 1, cut):
-        return None
-    if "positions" in _other_arguments(one, parts, cut, 1):
+    given = _other_arguments(one, parts, cut)
+    if "positions" in given:
         return Found(MODEL, f"{layer}: its queries are handed other positions than in the full forward")
-    if _other_arguments(one, parts, cut, 1):
-        return Found(layer.rpartition(".")[0], f"{layer}: its arguments differ first")
+    if given:
+        return Found(layer.rpartition(".")[0], f"{layer}: its arguments differ first ({', '.join(given)})")
     if "allowed" not in one.arguments:
         return Found(layer, f"{layer}: the first output that differs")
     S, at = one.arguments["K"].shape[2], 0
@@ -142,28 +161,27 @@ def _spread(allowed: Array, B: int, T: int, S: int) -> Array:
     return np.broadcast_to(allowed, (B, 1, allowed.shape[2], S))
 
 
-def _other_arguments(one: Seen, parts: Sequence[Seen], cut: Sequence[int], axis: int) -> list[str]:
+def _other_arguments(one: Seen, parts: Sequence[Seen], cut: Sequence[int]) -> list[str]:
     """Names of arguments, of those that have the positions of the tokens, which differ from the full forward's."""
     found = []
     for name, whole in one.arguments.items():
         if name in ("K", "V", "broken", "bias", "allowed", "mask", "memory_mask", "H_enc", "table"):
             continue
         mine = [part.arguments[name] for part in parts if name in part.arguments]
-        along = 1 if whole.ndim < 4 else axis
-        is_along = whole.ndim > along and whole.shape[along] == sum(cut)
-        if is_along and (len(mine) != len(parts) or not _same(whole, mine, along, cut)):
+        axis = 1 if whole.ndim < 4 else 2
+        is_along = whole.ndim > axis and whole.shape[axis] == sum(cut)
+        if is_along and (len(mine) != len(parts) or not _same(whole, mine, axis, cut)):
             found.append(name)
     return found
 
 
 def _same(whole: Array, parts: Sequence[Array], axis: int, cut: Sequence[int]) -> bool:
-    """Whether the parts side by side are the whole, or where that has no such axis, each is."""
+    """Whether the parts side by side are the whole; what has no such axis is not looked at."""
     if any(part.ndim != whole.ndim for part in parts) or whole.ndim <= axis:
         return True
-    lengths = [part.shape[axis] for part in parts]
-    if lengths != list(cut) or whole.shape[axis] != sum(cut):
+    if [part.shape[axis] for part in parts] != list(cut) or whole.shape[axis] != sum(cut):
         return True
-    rows = max(len(part) for part in parts)
+    rows = max(len(whole), *(len(part) for part in parts))
     joined = np.concatenate([np.broadcast_to(part, (rows, *part.shape[1:])) for part in parts], axis)
     return joined.shape[1:] == whole.shape[1:] and _close(joined, np.broadcast_to(whole, joined.shape))
 

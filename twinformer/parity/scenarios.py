@@ -22,8 +22,9 @@ SEED = 2**40 + 7
 PAD = 1
 # of one width, so that one program serves all
 BEAMS = {
-    "mean": BeamConfig(width=3, num_best=3, length_penalty="mean", alpha=0.7),
-    "gnmt": BeamConfig(width=3, num_best=3, length_penalty="gnmt", alpha=0.6, shrink=True, early_stopping=False),
+    "mean": BeamConfig(width=3, num_best=2, length_penalty="mean", alpha=1.0),
+    "tied": BeamConfig(width=3, num_best=2, length_penalty="mean", alpha=0.7),
+    "gnmt": BeamConfig(width=3, num_best=2, length_penalty="gnmt", alpha=0.6, shrink=True, early_stopping=False),
 }
 
 
@@ -137,8 +138,10 @@ def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> li
     everything = np.ones_like(allowed)
     # with all sums equal the first ids go on: a stop token among them, and more tokens than the beam is wide
     tied_stop = tuple(token for token in (1,) if token < config.vocab_size)
+    # so many ends that the pool is full at once, while longer hypotheses can still be better
+    often = tuple(range(0, config.vocab_size, 3))
     return [
-        Search("mean", BEAMS["mean"], new, stop, everything),
+        Search("mean", BEAMS["mean"], new, often, everything),
         Search("gnmt", BEAMS["gnmt"], new, stop, allowed),
-        Search("all equal", BEAMS["mean"], new, tied_stop, everything, tied=True),
+        Search("all equal", BEAMS["tied"], new, tied_stop, everything, tied=True),
     ]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twinformer.config import ModelConfig
+from twinformer.decoding import Beams, Generated
 from twinformer.errors import Problems, TwinformerError
 from twinformer.learning import Trainer, TrainingConfig
 
@@ -134,3 +135,45 @@ def default_backend() -> str:
 
 def _has_flax() -> bool:
     return all(importlib.util.find_spec(package) is not None for package in _PACKAGES["flax"])
+
+
+def beam_search(backend: str, model: Any, prompts: npt.NDArray[Any], **arguments: Any) -> Beams:
+    """The twin's ``beam.beam_search``."""
+    found: Beams = importlib.import_module(f"{backend}_impl.beam").beam_search(model, prompts, **arguments)
+    return found
+
+
+def best_of(beams: Beams) -> Generated:
+    """The best hypothesis of each row, its log-probability as a whole at its first token."""
+    first = np.zeros(beams.tokens[:, 0].shape, beams.logprobs.dtype)
+    first[:, 0] = beams.logprobs[:, 0]
+    return Generated(beams.tokens[:, 0], beams.lengths[:, 0], beams.finished[:, 0], first)
+
+
+def next_logprobs(
+    backend: str,
+    model: Any,
+    prompts: npt.NDArray[Any],
+    arguments: Mapping[str, Any],
+    row: int,
+    ids: Sequence[int],
+) -> npt.NDArray[np.float64]:
+    """``[V]``: log-probabilities of the token after a prompt and these ids, tokens that are not allowed ruled out."""
+    real = arguments["padding_mask"][row] if "padding_mask" in arguments else np.ones(prompts.shape[1], np.bool_)
+    tokens = np.concatenate((prompts[row][real], np.asarray(ids, prompts.dtype)))[None]
+    call = caller(backend, model)
+    if "source" in arguments:
+        place = slice(row, row + 1)
+        logits = call(
+            source=arguments["source"][place],
+            target=tokens,
+            source_padding_mask=arguments["source_padding_mask"][place],
+        )
+    else:
+        logits = call(tokens=tokens)
+    last = logits[0, -1].astype(np.float64)
+    if "allowed" in arguments:
+        last = np.where(arguments["allowed"][row, len(ids)], last, -np.inf)
+    shifted = last - last.max()
+    found: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return found

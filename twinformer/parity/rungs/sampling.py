@@ -45,6 +45,8 @@ def check(evidence: Evidence) -> Rung:
         figures, wrong = definitions(twin, case)
         comparisons += figures
         add(problems, twin.name, wrong)
+        if wrong or not all(one.agrees for one in figures):
+            continue  # what is written with them would say it again, if anything could be written
         evidence.progress(f"{twin.name}: writing")
         figures, wrong, count = written(twin, evidence.twins[0], case, writing)
         comparisons += figures
@@ -80,8 +82,7 @@ def prepared(whole: Case) -> tuple[Case, Writing]:
 
 def _first_cause(places: Sequence[str]) -> list[str]:
     parts = [part for part in _PARTS if part in places]
-    chains = [place for place in places if place == "processors"]
-    return parts or chains or list(dict.fromkeys(places))
+    return parts or [place for place in dict.fromkeys(places) if place == "processors"] or list(dict.fromkeys(places))
 
 
 # ---- definitions

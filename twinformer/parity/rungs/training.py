@@ -149,7 +149,7 @@ def _set_problems(label: str, one: Trained, other: Trained, sides: tuple[str, st
 
 # ---- what parted first
 
-_ORDER = ("count", "learning rate", "loss", "gradient norm", "update of ")
+_ORDER = ("count", "learning rate", "loss", "gradient norm", "update of ", "optimizer/", "saved ", "evaluation")
 
 
 def _when(one: Comparison) -> tuple[int, int]:
