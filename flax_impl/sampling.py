@@ -59,10 +59,7 @@ class TopK:
         x = _wide(logits)
         if self.k >= x.shape[-1]:
             return x
-        last = jax.lax.top_k(x, self.k)[0][:, -1:]
-        ties = x == last
-        room = self.k - jnp.sum(x > last, axis=-1, keepdims=True, dtype=jnp.int32)
-        return _left(x, (x > last) | (ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= room)))
+        return _left(x, _marked(_first_tokens(x, self.k)[1], x))
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,11 @@ class TopP:
         """What stays of the first ``count`` tokens, and whether their mass reaches p (or there is nothing to reach)."""
         masses = _masses(x)
         total = jnp.sum(masses, axis=-1, keepdims=True)
-        # of equals the lower id comes first; but -0 would come after 0
-        first, ids = jax.lax.top_k(jnp.where(x == 0, 0, x), count)
+        first, ids = _first_tokens(x, count)
         mass = jnp.cumsum(_masses(first) / total, axis=-1)
         before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
         kept = jnp.sum(before < self.p, axis=-1, keepdims=True, dtype=jnp.int32)
-        rows = jnp.arange(len(x), dtype=jnp.int32)[:, None]
-        stays = jnp.zeros(x.shape, bool).at[rows, ids].set(jnp.arange(count, dtype=jnp.int32) < kept)
+        stays = _marked(ids, x, jnp.arange(count, dtype=jnp.int32) < kept)
         return _left(x, stays), (mass[:, -1] >= self.p) | ~_is_drawable(x)
 
 
@@ -186,6 +181,23 @@ def _masses(x: Float[Array, "B V"]) -> Float[Array, "B V"]:
     """``exp(x - max)``: 1 for the highest, an infinite one too, and 0 for what is hidden."""
     highest = jnp.max(x, axis=-1, keepdims=True)
     return jnp.exp(jnp.where((x == highest) & (x > -jnp.inf), 0, x - jnp.where(highest == -jnp.inf, 0, highest)))
+
+
+def _first_tokens(x: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """Logits and ids of the first ``count`` of the order. Of equals ``top_k`` gives the lower id first, but 0 before -0.
+
+    All of it is used or none: XLA sorts everything where only a slice of ``top_k`` is asked for.
+    """
+    first, ids = jax.lax.top_k(jnp.where(x == 0, 0, x), count)
+    return first, ids
+
+
+def _marked(
+    ids: Int[Array, "B n"], x: Float[Array, "B V"], which: Bool[Array, "B n"] | bool = True
+) -> Bool[Array, "B V"]:
+    """True at those ids of each row."""
+    rows = jnp.arange(len(x), dtype=jnp.int32)[:, None]
+    return jnp.zeros(x.shape, bool).at[rows, ids].set(which)
 
 
 def _is_drawable(x: Float[Array, "B V"]) -> Bool[Array, " B"]:

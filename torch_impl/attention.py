@@ -168,7 +168,7 @@ class AttentionLayer(nn.Module):
         """
         if not torch.compiler.is_compiling():
             check_activations("AttentionLayer", X=M, model_dim=self.model_dim, positions=positions)
-        M, broken = _spared(M.to(self.compute_dtype))
+        M, broken = quarantine(M.to(self.compute_dtype))
         # a finite row can still overflow in a product, and must not spread either
         K, broken_key = quarantine(self.key(M))
         V, broken_value = quarantine(self.value(M))
@@ -177,7 +177,7 @@ class AttentionLayer(nn.Module):
             K = self.key_norm(K)
         if self.rotary is not None and positions is not None:
             K = self.rotary(K, positions)
-        return K, V, _either(broken, broken_key | broken_value)
+        return K, V, broken | broken_key | broken_value
 
     def recall(
         self,
@@ -199,7 +199,7 @@ class AttentionLayer(nn.Module):
         if not torch.compiler.is_compiling():
             check_activations("AttentionLayer", X=X, model_dim=self.model_dim, positions=positions)
             _check_kept(X, K, V, broken, self.num_kv_heads)
-        X, lost = _spared(X.to(self.compute_dtype))
+        X, lost = quarantine(X.to(self.compute_dtype))
         Q, broken_query = quarantine(self.query(X))
         Q = self._heads(Q, self.num_heads)
         if self.query_norm is not None:
@@ -218,7 +218,7 @@ class AttentionLayer(nn.Module):
             rng=rng,
         )
         Y: Tensor = self.output(Z.transpose(1, 2).flatten(2))
-        lost = _either(lost, broken_query | masks.exposed(broken, allowed))
+        lost = lost | broken_query | masks.exposed(broken, allowed)
         return Y.masked_fill(lost[..., None], torch.nan)
 
     def _heads(self, rows: Float[Tensor, "B S AK"], heads: int) -> Float[Tensor, "B A S K"]:
@@ -237,18 +237,6 @@ class AttentionLayer(nn.Module):
         if bias is not None:
             added = bias.to(wide) if added is None else bias.to(wide) + added
         return allowed, added
-
-
-def _spared(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"] | None]:
-    """``quarantine`` where there are gradients: ``dW = Xᵀ dY`` sums over rows, and 0 · NaN would be in it.
-
-    Without gradients a row meets no other before the scores, and what is made of a row that is not finite shows it.
-    """
-    return quarantine(X) if torch.is_grad_enabled() else (X, None)
-
-
-def _either(one: Bool[Tensor, "B T"] | None, other: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    return other if one is None else one | other
 
 
 def _check_kept(X: Tensor, K: Tensor, V: Tensor, broken: Tensor, heads: int) -> None:

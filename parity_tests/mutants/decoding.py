@@ -271,7 +271,9 @@ def memory_not_reordered(patch: Patch) -> None:
 @mutant("T99", case="decoder", culprits=_CACHE, rungs=_RUNGS)
 def values_not_reordered(patch: Patch) -> None:
     def change(before: Any, after: Any) -> Any:
-        blocks = {name: {**block, "values": before["blocks"][name]["values"]} for name, block in after["blocks"].items()}
+        blocks = {
+            name: {**block, "values": before["blocks"][name]["values"]} for name, block in after["blocks"].items()
+        }
         return {**after, "blocks": blocks}
 
     _reordered(patch, change)

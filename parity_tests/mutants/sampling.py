@@ -164,9 +164,7 @@ def half_of_the_seed(patch: Patch) -> None:
 @mutant("T116", case=_CASE, culprits="uniforms", rungs=_RUNGS)
 def numbers_by_the_place_in_the_batch(patch: Patch) -> None:
     """A sequence is continued otherwise in other company."""
-    patch.function(
-        "sampling", "sequence_keys", lambda keys: lambda seed, rows: keys(seed, patch.arange(rows.shape[0]))
-    )
+    patch.function("sampling", "sequence_keys", lambda keys: lambda seed, rows: keys(seed, patch.arange(rows.shape[0])))
 
 
 @mutant("T117", case=_CASE, culprits="uniforms", rungs=_RUNGS)

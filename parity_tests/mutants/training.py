@@ -59,8 +59,10 @@ def mean_of_means(patch: Patch) -> None:
 
     def change(trainer: Any, total: Any, gradients: Any, count: Any, batches: Any) -> Any:
         every = sum(batch.count for batch in batches) / len(batches)
-        factor = every / count if isinstance(count, int) and count else every / patch.xp.maximum(
-            patch.xp.asarray(count), patch.xp.asarray(1)
+        factor = (
+            every / count
+            if isinstance(count, int) and count
+            else every / patch.xp.maximum(patch.xp.asarray(count), patch.xp.asarray(1))
         )
         return total * factor, {path: g * factor for path, g in gradients.items()}
 

@@ -13,6 +13,7 @@ from html import escape
 from importlib import resources
 
 from twinformer.ledger import LEDGER
+from twinformer.parity import curves
 from twinformer.parity.compare import Comparison, ErrorPair
 from twinformer.parity.report import Report, least_noticed
 from twinformer.parity.rungs import LADDER
@@ -34,6 +35,7 @@ def as_html(report: Report) -> str:
             _header(report, made),
             _ladder(report),
             _strips(report),
+            _curves(report),
             _answers(report),
             _findings(report),
             _ledger(report),
@@ -144,6 +146,11 @@ def _strips(report: Report) -> str:
             f"{draw(low, low=-8, high=0)}</section>"
         )
     return "\n".join(parts)
+
+
+def _curves(report: Report) -> str:
+    training = report.rungs.get("training")
+    return "" if training is None else curves.draw(training)
 
 
 def _strip(label: str, rung: Rung, culprits: Sequence[str], *, prefix: str, only_parameters: bool = False) -> Strip:

@@ -56,6 +56,8 @@ def judge(
         else:
             report.rungs[step.name] = step.check(evidence)
         report.rungs[step.name].seconds = time.perf_counter() - began
+        if step.name == "training":
+            _where_else(report)
         if step.name == "parameters" and _different_models(report.rungs[step.name]):
             report.notes.append("the twins hold different parameters: the rungs above were not run")
             break
@@ -99,6 +101,17 @@ def describe(config: ModelConfig) -> str:
 
 def _differs(rung: Rung) -> bool:
     return rung.verdict == "differ"
+
+
+def _where_else(report: Report) -> None:
+    """Where a training run differs and what it is made of does not, the step itself is the place."""
+    below = [name for name in ("forward", "gradients", "stochastic", "optimizer") if name in report.rungs]
+    if _differs(report.rungs["training"]) and {"forward", "gradients"} <= set(below):
+        agreeing = all(report.rungs[name].verdict == "agree" for name in below)
+        if agreeing:
+            report.rungs["training"].notes.append(
+                f"{', '.join(below)} agree: the step itself (keys, sums, division, schedule, clipping) is the place"
+            )
 
 
 def _different_models(parameters: Rung) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -91,14 +91,18 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Search:
-    """One beam search, besides the prompts. ``tied``: with all weights zero."""
+    """One beam search, besides the prompts.
+
+    ``weights``: those of the case, or ``flat``, with which tokens are nearly equally likely, or ``zero``, with which
+    they are equally likely.
+    """
 
     name: str
     beam: BeamConfig
     new: int
     stop: tuple[int, ...]
     allowed: Array
-    tied: bool = False
+    weights: Literal["plain", "flat", "zero"] = "plain"
 
 
 def writing_for(config: ModelConfig) -> Writing:
@@ -131,7 +135,7 @@ def scenarios(config: ModelConfig, writing: Writing) -> list[Scenario]:
 
 
 def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> list[Search]:
-    """Both penalties on the case's model, and one where every continuation ties."""
+    """Both penalties on the case's model, one where much depends on a little, one where every continuation ties."""
     new = min(SEARCHED, config.context_length - writing.prompts.shape[1])
     allowed = stream(0, "scenarios/beams").random((1, new, config.vocab_size)) < 0.8
     allowed[..., 0] = True
@@ -141,7 +145,8 @@ def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> li
     # so many ends that the pool is full at once, while longer hypotheses can still be better
     often = tuple(range(0, config.vocab_size, 3))
     return [
-        Search("mean", BEAMS["mean"], new, often, everything),
+        Search("mean", BEAMS["mean"], new, stop, everything),
         Search("gnmt", BEAMS["gnmt"], new, stop, allowed),
-        Search("all equal", BEAMS["tied"], new, tied_stop, everything, tied=True),
+        Search("nearly equal", BEAMS["mean"], new, often, everything, "flat"),
+        Search("all equal", BEAMS["tied"], new, tied_stop, everything, "zero"),
     ]

@@ -174,7 +174,7 @@ def searched(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[Pro
     count = 0
     stop = judge.once("ends", case, lambda: with_ends(judge, case, writing))[0].stop.tokens
     for search in searches(case.config, writing, stop):
-        asked = _without_weights(case) if search.tied else case
+        asked = _weighted(case, search)
         label = f"{search.name} {search.stop}"
         found = twin.once(f"search {label}", asked, partial(_search, twin, asked, writing, search))
         expected = judge.once(f"search by hand {label}", asked, partial(by_hand, judge, asked, writing, search))
@@ -233,7 +233,7 @@ def _check_beams(
         (tuple(map(int, found.tokens[b, i, : found.lengths[b, i]])), float(found.scores[b, i])) for i in range(there)
     ]
     theirs = [(one.tokens, one.score) for one in expected]
-    if search.tied:  # here the order is all that there is to see
+    if search.weights == "zero":  # here the order is all that there is to see
         problems = [
             f"{label}, rank {i}: expected {list(other[0])}, got {list(one[0])}"
             for i, (one, other) in enumerate(zip(ours, theirs, strict=True))
@@ -253,5 +253,14 @@ def _check_beams(
     return problems
 
 
-def _without_weights(case: Case) -> Case:
-    return dataclasses.replace(case, tensors={path: np.zeros_like(tensor) for path, tensor in case.tensors.items()})
+def _weighted(case: Case, search: Search) -> Case:
+    """The case with the weights that a search asks for."""
+    if search.weights == "plain":
+        return case
+    factors = {path: 0.0 if search.weights == "zero" else _flat_factor(path) for path in case.tensors}
+    return dataclasses.replace(case, tensors={path: leaf * factors[path] for path, leaf in case.tensors.items()})
+
+
+def _flat_factor(path: str) -> float:
+    """What makes logits small: the head, or the tables that it may be tied to."""
+    return 0.02 if path.startswith("head.") or path.endswith("tokens.weight") else 1.0

@@ -42,11 +42,12 @@ def check(evidence: Evidence) -> Rung:
             decoded.append((twin, twin.once("decoding", case, partial(run, twin, case, plan))))
     comparisons = [one for twin, found in decoded for one in _with_itself(twin.name, found)]
     comparisons += _with_each_other(decoded)
-    problems += _what_one_token_moves(evidence.twins[0], case, plan, decoded)
     cells = sum(one.name.startswith(evidence.twins[0].name) for one in comparisons)
     rung = rung_of(f"{cells} cells of each twin, {plan.length} tokens", comparisons, problems)
     if rung.verdict == "differ":
         _blame(rung, evidence, case, plan)
+    elif rung.verdict == "agree":
+        _look_for_vacuous(rung, evidence.twins[0], case, plan, decoded[0][1])
     rung.notes += describe(case.config, whole.config)
     return rung
 
@@ -142,19 +143,19 @@ def layout(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _what_one_token_moves(twin: Twin, case: Case, plan: Plan, decoded: Sequence[tuple[Twin, Decoded]]) -> list[str]:
-    """That a history which is not seen would be noticed: another token just before the last moves its logits."""
-    found = next((one for other, one in decoded if other is twin), None)
-    if found is None or plan.length < 2:
-        return []
+def _look_for_vacuous(rung: Rung, twin: Twin, case: Case, plan: Plan, found: Decoded) -> None:
+    """A history that nobody looks at would be the same cached or not: another token before the last has to be seen."""
     tokens = plan.tokens.copy()
-    tokens[0, -2] = (tokens[0, -2] + 1) % max(1, case.config.vocab_size - 1)
-    changed = dataclasses.replace(case, inputs=plan.inputs(tokens, plan.real))
-    after = twin.run(changed, detail="blocks").output[0, -1]
-    moved = compare("history", after, found.full["masked"][0, -1], bound=0.0)
-    if tokens[0, -2] != plan.tokens[0, -2] and moved.relative <= 10 * BOUND:
-        return [f"vacuous: another token before the last moves its logits by {moved.relative:.0e} of their scale only"]
-    return []
+    tokens[0, -2:-1] = (tokens[0, -2:-1] + 1) % max(1, case.config.vocab_size - 1)
+    if np.array_equal(tokens, plan.tokens):
+        return  # one token long, or with one token to choose from
+    after = twin.run(dataclasses.replace(case, inputs=plan.inputs(tokens, plan.real)), detail="blocks").output
+    moved = compare("history", after[0, -1], found.full["masked"][0, -1], bound=0.0).relative
+    if not moved > 10 * BOUND:
+        rung.verdict = "cannot tell"
+        rung.problems = [f"vacuous: another token before the last moves its logits by {moved:.0e} of their scale only"]
+    else:
+        rung.notes.append(f"another token before the last moves its logits by {moved:.0e} of their scale")
 
 
 # ---- the culprit
