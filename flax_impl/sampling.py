@@ -184,9 +184,9 @@ def _masses(x: Float[Array, "B V"]) -> Float[Array, "B V"]:
 
 
 def _first_tokens(x: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    """Logits and ids of the first ``count`` of the order. Of equals ``top_k`` gives the lower id first, but 0 before -0.
+    """Logits and ids of the first ``count`` of the order: ``top_k`` gives the lower of equal ids first.
 
-    All of it is used or none: XLA sorts everything where only a slice of ``top_k`` is asked for.
+    But it takes 0 for more than -0. And where only a slice of it is used XLA sorts everything: take all of it or none.
     """
     first, ids = jax.lax.top_k(jnp.where(x == 0, 0, x), count)
     return first, ids

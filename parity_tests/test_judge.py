@@ -23,16 +23,29 @@ def small(name: str, length: int = 12):
     return random_case(name, preset(name), seed=3, batch=4, length=length)
 
 
+#: judged on every rung; the others without those that build programs of their own, which take longest
+WHOLE = ("bert", "llama", "t5")
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_agree_on_every_rung_at_full_length(name):
-    report = judge(random_case(name, preset(name)))
+def test_presets_agree_at_full_length(name):
+    rungs = [rung for rung in BY_DEFAULT if name in WHOLE or rung not in ("training", "decoding", "sampling")]
+    report = judge(random_case(name, preset(name)), rungs=rungs)
     report.assert_agrees()
     assert report.exit_code == 0
-    assert list(report.rungs) == list(BY_DEFAULT)
-    assert set(report.not_run) == {step.name for step in LADDER} - set(BY_DEFAULT)
-    assert set(BY_DEFAULT) == set(RUNNABLE) - {"compilation", "rounding"}
-    for rung in report.rungs.values():
-        assert rung.comparisons
+    assert list(report.rungs) == rungs
+    assert set(report.not_run) == {step.name for step in LADDER} - set(rungs)
+    for rung_name, rung in report.rungs.items():
+        writes = preset(name).architecture != "encoder"
+        if rung_name in ("decoding", "sampling") and not writes:
+            assert rung.verdict == "does not apply"
+        else:
+            assert rung.verdict == "agree", rung_name
+            assert rung.comparisons
+
+
+def test_what_is_run_by_default():
+    assert set(BY_DEFAULT) == set(RUNNABLE) - {"rounding", "compilation", "accumulation", "beams"}
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +266,7 @@ def test_rung_3_finds_low_precision_where_wide_was_promised(case):
     assert any("float32" in problem for problem in rung.problems)
 
 
-@pytest.mark.parametrize("rungs", [["forwards"], ["parameters", "decoding"], []])
+@pytest.mark.parametrize("rungs", [["forwards"], ["parameters", "sharding"], []])
 def test_unknown_rungs_are_refused_before_any_work(rungs, case):
     with pytest.raises(CannotJudgeError, match="rungs"):
         judge(case, rungs=rungs)
@@ -275,11 +288,13 @@ def test_watching_changes_nothing(case):
     assert np.array_equal(plain, twin.run(wide).output)
     assert np.array_equal(plain, twin.run(wide, gradients=True).output)
     flax_twin = FlaxTwin()
-    model = flax_twin._model(wide)
-    plain_flax = np.asarray(flax_impl.compiled(model)(**case.inputs))
+    plain_flax = flax_twin.plain(wide)
     assert np.array_equal(plain_flax, flax_twin.run(wide).output)
-    again = np.asarray(flax_impl.compiled(model)(**case.inputs))
-    assert np.array_equal(plain_flax, again), "the wrapped calls were not put back"
+    assert np.array_equal(plain_flax, flax_twin.plain(wide)), "the wrapped calls were not put back"
+    model = flax_twin._model(wide)
+    # with all of the compiler's optimizations, which the judge leaves out for small models, sums are rounded otherwise
+    as_users_run_it = np.asarray(flax_impl.compiled(model)(**case.inputs))
+    assert np.abs(plain_flax - as_users_run_it).max() <= 1e-13 * np.abs(plain_flax).max()
 
 
 def test_the_report_reads_and_is_json(case):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from parity_tests.mutants.patching import Patch
+from twinformer.learning import OptimizerConfig
 
 
 class Altered:
-    """An object with some attributes changed; values are not looked at, and may be traced."""
+    """An object with some attributes changed."""
 
     def __init__(self, original: Any, **changes: Any) -> None:
         self._original, self._changes = original, changes
@@ -19,6 +21,14 @@ class Altered:
     def __getattr__(self, name: str) -> Any:
         changes = self.__dict__["_changes"]
         return changes[name] if name in changes else getattr(self.__dict__["_original"], name)
+
+
+def altered_config(config: OptimizerConfig, **changes: Any) -> OptimizerConfig:
+    """A config of the same kind with other attributes and methods, which are not looked at, and may be traced."""
+    other = object.__new__(type(config))
+    for name, value in (vars(config) | changes).items():
+        object.__setattr__(other, name, value)
+    return other
 
 
 def update(patch: Patch, change: Callable[..., Any]) -> None:
@@ -51,7 +61,7 @@ def optimizer(patch: Patch, change: Callable[[Any, int], dict[str, Any]]) -> Non
 def configured(owner: Any, **changes: Any) -> Iterator[None]:
     """Within, the owner's ``config`` has other values; owners may be frozen."""
     config = owner.config
-    object.__setattr__(owner, "config", Altered(config, **changes))
+    object.__setattr__(owner, "config", altered_config(config, **changes))
     try:
         yield
     finally:
@@ -63,7 +73,7 @@ def training(patch: Patch, change: Callable[[Any], dict[str, Any]]) -> None:
 
     def wrong(call: Any) -> Any:
         def init(self: Any, config: Any, training: Any, **options: Any) -> None:
-            call(self, config, Altered(training, **change(training)), **options)
+            call(self, config, dataclasses.replace(training, **change(training)), **options)
 
         return init
 
