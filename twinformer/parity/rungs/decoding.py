@@ -16,7 +16,7 @@ import numpy as np
 
 from twinformer.config import ModelConfig
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, compare, set_problems
+from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems
 from twinformer.parity.cut import cut, describe
 from twinformer.parity.decoding_culprit import Found, find
 from twinformer.parity.decoding_runs import PADDINGS, POISON, Decoded, Plan, decode, plan_for
@@ -83,20 +83,15 @@ def _with_itself(name: str, found: Decoded) -> list[Comparison]:
     for cell, logits in found.cells.items():
         of, _, label = cell.partition(": ")
         expected = found.full[of]
-        finite = np.abs(expected[np.isfinite(expected)])
-        scale = float(finite.max(initial=0.0)) or None
-        rows = range(len(expected)) if of in ("masked", "poisoned") else [None]
-        if logits.shape != expected.shape:
-            rows = [None]
+        scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or None
+        ending = ", no mask" if of == "bare" else ""
+        if of not in ("masked", "poisoned") or logits.shape != expected.shape:
+            comparisons.append(compare(f"{name}: {label}{ending}", logits, expected, bound=BOUND, scale=scale))
+            continue
         comparisons += [
-            compare(
-                f"{name}: {label}{'' if row is None else f', {PADDINGS[row]}'}{', no mask' if of == 'bare' else ''}",
-                logits if row is None else logits[row],
-                expected if row is None else expected[row],
-                bound=BOUND,
-                scale=scale,
-            )
-            for row in rows
+            compare(f"{name}: {label}, {padding}", logits[row], expected[row], bound=BOUND, scale=scale)
+            for row, padding in enumerate(PADDINGS)
+            if _shows(logits[row], expected[row])
         ]
     return comparisons
 
@@ -108,8 +103,13 @@ def _with_each_other(decoded: Sequence[tuple[Twin, Decoded]]) -> list[Comparison
     return [
         compare(f"{first.name}, {second.name}: {cell.partition(': ')[2]}", logits, other.cells[cell], bound=BOUND)
         for cell, logits in one.cells.items()
-        if cell in other.cells
+        if _shows(logits, other.cells[cell])
     ]
+
+
+def _shows(one: FloatArray, other: FloatArray) -> bool:
+    """Whether there is anything but NaN: a model of one token is poisoned as a whole."""
+    return bool(np.isfinite(one).any() or np.isfinite(other).any())
 
 
 def _layout(twin: Twin, case: Case, plan: Plan) -> list[str]:
