@@ -66,6 +66,7 @@ def test_both_twins_decode_in_steps():
         ("t5", {}),
         ("llama", {"window": 3}),
         ("gpt2", {"window": 5}),
+        ("gpt2", {"window": 1}),
         ("textbook-decoder", {"positions": "alibi"}),
         ("gpt2", {"context_length": 3}),
         ("llama", {"context_length": 1}),

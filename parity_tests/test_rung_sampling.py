@@ -214,7 +214,9 @@ def test_scenarios_end_at_different_places():
 
     greedy, sampled = with_ends(TorchTwin(), case, writing)
     with TorchTwin().writers(case) as make:
-        found = [make(case).generate(writing.prompts, **writing.options(), **one.options()) for one in (greedy, sampled)]
+        found = [
+            make(case).generate(writing.prompts, **writing.options(), **one.options()) for one in (greedy, sampled)
+        ]
     for one in found:
         assert one.finished.any()
         assert len(set(one.lengths.tolist())) > 1
@@ -294,7 +296,12 @@ def moved(name, place, off):
         (beams, "search mean", moved("scores", (0, 1), 1e-8), "beam_search"),
         (beams, "search mean", moved("logprobs", (2, 0), -1e-8), "beam_search"),
         (beams, "search gnmt", lambda found: dataclasses.replace(found, finished=~found.finished), "beam_search"),
-        (beams, "search all equal", lambda found: dataclasses.replace(found, tokens=found.tokens[:, ::-1]), "beam_search"),
+        (
+            beams,
+            "search all equal",
+            lambda found: dataclasses.replace(found, tokens=found.tokens[:, ::-1]),
+            "beam_search",
+        ),
         (beams, "score", lambda found: found * (1 + 1e-11), "score"),
         (beams, "stream", lambda steps: [(tokens + 1, live) for tokens, live in steps], "Generator.stream"),
         (beams, "stream", lambda steps: [(tokens, ~live) for tokens, live in steps], "Generator.stream"),

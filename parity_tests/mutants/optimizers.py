@@ -12,13 +12,13 @@ _ALL = ("adamw", "sgd", "adafactor")
 _RUNGS = ("optimizer",)
 
 
-@mutant("O1", case="decoder", culprits="adamw", rungs=_RUNGS)
+@mutant("O1", case="train-decoder", culprits="adamw", rungs=_RUNGS)
 def epsilon_before_the_correction(patch: Patch) -> None:
     """``(sqrt(v) + eps) / sqrt(1 - β₂ᵗ)``: epsilon is divided too."""
     optimizer(patch, lambda config, step: {"eps": config.eps / (1 - config.beta2 ** (step + 1)) ** 0.5})
 
 
-@mutant("O2", case="decoder", culprits=_ALL, rungs=_RUNGS)
+@mutant("O2", case="train-decoder", culprits=_ALL, rungs=_RUNGS)
 def decay_in_the_gradient(patch: Patch) -> None:
     """L2 regularisation instead of decoupled decay."""
 
@@ -34,12 +34,12 @@ def decay_in_the_gradient(patch: Patch) -> None:
     update(patch, change)
 
 
-@mutant("O5", case="decoder", culprits=_ALL, rungs=_RUNGS)
+@mutant("O5", case="train-decoder", culprits=_ALL, rungs=_RUNGS)
 def decay_mask_inverted(patch: Patch) -> None:
     optimizer(patch, lambda config, step: {"decays": lambda path: not config.decays(path)})
 
 
-@mutant("O6", case="decoder", culprits=_ALL, rungs=_RUNGS)
+@mutant("O6", case="train-decoder", culprits=_ALL, rungs=_RUNGS)
 def some_norms_decay(patch: Patch) -> None:
     """The rule that spares norms does not know the name of the last one."""
     optimizer(
@@ -47,7 +47,7 @@ def some_norms_decay(patch: Patch) -> None:
     )
 
 
-@mutant("O8", case="decoder", culprits=_ALL, rungs=_RUNGS)
+@mutant("O8", case="train-decoder", culprits=_ALL, rungs=_RUNGS)
 def everything_decays(patch: Patch) -> None:
     optimizer(patch, lambda config, step: {"decays": lambda path: True})
 
@@ -69,7 +69,7 @@ def _factor(patch: Patch, factor: Any) -> None:
         patch.function("optimizers", "clip", wrong)
 
 
-@mutant("O9", case="decoder", culprits=_ALL, rungs=_RUNGS)
+@mutant("O9", case="train-decoder", culprits=_ALL, rungs=_RUNGS)
 def something_added_to_the_norm(patch: Patch) -> None:
     """``max / (norm + 1e-6)``."""
     _factor(patch, lambda norm, most: patch.xp.where(norm > most, most / (norm + 1e-6), 1.0))
@@ -112,7 +112,7 @@ def gradients_summed_in_low_precision(patch: Patch) -> None:
     )
 
 
-@mutant("T75", case="decoder", culprits=_ALL, rungs=_RUNGS)
+@mutant("T75", case="train-decoder", culprits=_ALL, rungs=_RUNGS)
 def corrections_one_step_late(patch: Patch) -> None:
     """Steps counted from 2."""
 
@@ -123,12 +123,12 @@ def corrections_one_step_late(patch: Patch) -> None:
     update(patch, change)
 
 
-@mutant("T76", case="decoder", culprits="sgd", rungs=_RUNGS)
+@mutant("T76", case="train-decoder", culprits="sgd", rungs=_RUNGS)
 def nesterov_forgotten(patch: Patch) -> None:
     optimizer(patch, lambda config, step: {"nesterov": False})
 
 
-@mutant("T77", case="decoder", culprits=_ALL, rungs=_RUNGS)
+@mutant("T77", case="train-decoder", culprits=_ALL, rungs=_RUNGS)
 def decay_of_the_new_weights(patch: Patch) -> None:
     """The step first, then the decay of what came out of it."""
 
@@ -145,7 +145,7 @@ def decay_of_the_new_weights(patch: Patch) -> None:
     update(patch, change)
 
 
-@mutant("T78", case="decoder", culprits=_ALL, rungs=_RUNGS)
+@mutant("T78", case="train-decoder", culprits=_ALL, rungs=_RUNGS)
 def always_clipped(patch: Patch) -> None:
     """To the largest norm also where the norm is smaller."""
     _factor(patch, lambda norm, most: most / norm)

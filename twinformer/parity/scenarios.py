@@ -47,12 +47,17 @@ class Writing:
         return {name: value for name, value in given.items() if value is not None}
 
     def inputs(self, rows: Array | None = None, tokens: Array | None = None, real: Array | None = None) -> Arrays:
-        """Of one call of the model with the prompts of these rows and what was written after them, if anything."""
+        """Of one call of the model with the prompts of these rows and what was written after them, if anything.
+
+        As the contract has it the prompt's real tokens stand side by side before what is written: under a window it
+        matters how far away they are.
+        """
         rows = np.arange(len(self.prompts)) if rows is None else rows
         tokens = self.prompts[rows, :0] if tokens is None else tokens
         real = self.real[rows, :0] if real is None else real
-        whole = np.concatenate((self.prompts[rows], tokens), 1)
-        mask = np.concatenate((self.real[rows], real), 1)
+        order = np.argsort(self.real, axis=1, kind="stable")
+        prompts, shown = (np.take_along_axis(part, order, 1)[rows] for part in (self.prompts, self.real))
+        whole, mask = np.concatenate((prompts, tokens), 1), np.concatenate((shown, real), 1)
         if self.source is None or self.source_real is None:
             return {"tokens": whole, "padding_mask": mask}
         return {

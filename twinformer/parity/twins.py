@@ -29,6 +29,7 @@ import flax_impl.training as flax_training
 import torch_impl
 import torch_impl.training as torch_training
 from twinformer.checks import dtype_name
+from twinformer.config import ModelConfig
 from twinformer.data.batch import Batch
 from twinformer.learning import TrainingConfig
 from twinformer.parity.case import Arrays, Case
@@ -157,8 +158,7 @@ class TorchTwin:
 
     def _model(self, case: Case, *, as_configured: bool = False) -> torch.nn.Module:
         """Without remat, which hides modules from those who watch; ``as_configured``: with what the case says."""
-        config = case.config if as_configured else case.config.replace(remat=False)
-        model: torch.nn.Module = torch_impl.build(config, seed=None)
+        model: torch.nn.Module = torch_impl.build(_config(case, as_configured), seed=None)
         torch_impl.load_weights(model, case.tensors, finite=case.finite)
         return model
 
@@ -315,7 +315,7 @@ class FlaxTwin:
 
     def _model(self, case: Case, *, as_configured: bool = False) -> nnx.Module:
         """Without remat, under which nobody can watch; ``as_configured``: with what the case says."""
-        model = flax_impl.build(case.config if as_configured else case.config.replace(remat=False), seed=None)
+        model = flax_impl.build(_config(case, as_configured), seed=None)
         flax_impl.load_weights(model, case.tensors, finite=case.finite)
         return model
 
@@ -459,6 +459,10 @@ class FlaxTwin:
 
     def versions(self) -> dict[str, str]:
         return {"jax": jax.__version__, "flax": flax.__version__, "device": jax.default_backend()}
+
+
+def _config(case: Case, as_configured: bool) -> ModelConfig:
+    return case.config.replace(remat=False) if case.config.remat and not as_configured else case.config
 
 
 def in_pytorch_layout(leaves: Arrays) -> Arrays:

@@ -18,7 +18,8 @@ from twinformer.decoding import Beams, Generated, StopConfig
 from twinformer.parity import philox
 from twinformer.parity import sampling_reference as reference
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, FloatArray, compare
+from twinformer.parity.compare import Comparison, FloatArray, compare, widened
+from twinformer.parity.decoders import Decoder
 from twinformer.parity.scenarios import PAD, SEED, Scenario, Search, Writing, scenarios, searches
 from twinformer.parity.ties import compare_beams
 from twinformer.parity.twins import Twin
@@ -108,13 +109,10 @@ def _logits_under(judge: Twin, case: Case, writing: Writing, found: Generated) -
     B, M = found.tokens.shape
     live = np.arange(M) < found.lengths[:, None]
     tokens = np.where(live, found.tokens, 0)
-    inputs = writing.inputs(np.arange(B), tokens, live)
-    output = judge.run(dataclasses.replace(case, inputs=inputs), detail="blocks").output
-    # the first is written after the last real token of the prompt, each other after the one before it
-    T = writing.prompts.shape[1]
-    last = T - 1 - writing.real[:, ::-1].argmax(1)
-    places = np.concatenate((last[:, None], np.broadcast_to(np.arange(T, T + M - 1), (B, M - 1))), 1)
-    return np.take_along_axis(output, places[..., None], 1)
+    with judge.decoders(case) as make:
+        output = widened(make(case).full(writing.inputs(np.arange(B), tokens, live))[0])
+    # each is written after the one before it, the first after the prompt
+    return output[:, writing.prompts.shape[1] - 1 : -1]
 
 
 def _check_tokens(writing: Writing, scenario: Scenario, found: Generated, logits: FloatArray) -> list[str]:
@@ -199,25 +197,23 @@ def _search(twin: Twin, case: Case, writing: Writing, search: Search) -> Beams:
 def by_hand(judge: Twin, case: Case, writing: Writing, search: Search) -> list[list[reference.Hypothesis]]:
     """The reference's search for every row, with one full forward in each step."""
 
-    def logits_after(b: int, hypotheses: Sequence[tuple[int, ...]]) -> FloatArray:
+    def logits_after(decoder: Decoder, b: int, hypotheses: Sequence[tuple[int, ...]]) -> FloatArray:
         rows = np.full(len(hypotheses), b)
         tokens = np.array(hypotheses, np.int64).reshape(len(hypotheses), -1)
-        inputs = writing.inputs(rows, tokens, np.ones(tokens.shape, np.bool_))
-        output = judge.run(dataclasses.replace(case, inputs=inputs), detail="blocks").output
-        width = writing.prompts.shape[1]
-        last = width - 1 - int(writing.real[b, ::-1].argmax()) if not tokens.shape[1] else -1
-        return output[:, last]
+        return widened(decoder.full(writing.inputs(rows, tokens, np.ones(tokens.shape, np.bool_)))[0][:, -1])
 
-    return [
-        reference.search(
-            partial(logits_after, b),
-            max_new_tokens=search.new,
-            beam=search.beam,
-            stop=search.stop,
-            allowed=search.allowed[0],
-        )
-        for b in range(len(writing.prompts))
-    ]
+    with judge.decoders(case) as make:
+        decoder = make(case)
+        return [
+            reference.search(
+                partial(logits_after, decoder, b),
+                max_new_tokens=search.new,
+                beam=search.beam,
+                stop=search.stop,
+                allowed=search.allowed[0],
+            )
+            for b in range(len(writing.prompts))
+        ]
 
 
 def _check_beams(
