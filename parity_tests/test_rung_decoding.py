@@ -161,13 +161,11 @@ class Shifts(Other):
         self.share = share
 
     def once(self, what, case, ask):
-        found = super().once(what, case, ask)
-        if what != "decoding":
-            return found
+        problems, found = super().once(what, case, ask)
         cell = "masked: token by token, reused cache"
         moved = found.cells[cell].copy()
         moved[3, -1, 0] += self.share * np.abs(moved).max()
-        return dataclasses.replace(found, cells=found.cells | {cell: moved})
+        return problems, dataclasses.replace(found, cells=found.cells | {cell: moved})
 
 
 def test_little_is_enough_and_rounding_is_not():

@@ -177,14 +177,16 @@ def test_both_twins_write_alike():
     assert rung.checked.startswith("24 rows of logits, ")
     names = {one.name for one in rung.comparisons}
     for twin in ("torch_impl", "flax_impl"):
-        assert f"Generator (logprobs, greedy, {twin})" in names
         assert f"Generator (logprobs, sampled, {twin})" in names
 
 
 def test_both_twins_search_alike():
     rung = beams.check(Evidence(small("textbook-decoder")))
     assert rung.verdict == "agree", rung.problems
-    assert rung.checked.startswith("48 hypotheses")
+    assert rung.checked.startswith("48 hypotheses, ")
+    names = {one.name for one in rung.comparisons}
+    for twin in ("torch_impl", "flax_impl"):
+        assert {f"Generator (logprobs, greedy, {twin})", f"score (greedy, {twin})"} <= names
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,9 @@ def moved(name, place, off):
 @pytest.mark.parametrize(
     ("rung", "what", "change", "named"),
     [
-        (sampling, "write greedy", moved("logprobs", (0, 0), 1e-10), "Generator"),
+        (beams, "write greedy", moved("logprobs", (0, 0), 1e-10), "Generator"),
+        (beams, "write greedy", moved("lengths", 0, -1), "Generator"),
+        (sampling, "write sampled", moved("logprobs", (0, 0), 1e-10), "Generator"),
         (sampling, "write sampled", moved("tokens", (1, 0), 1), "Generator"),
         (sampling, "write sampled", lambda found: dataclasses.replace(found, finished=~found.finished), "Generator"),
         (beams, "search mean", moved("scores", (0, 1), 1e-8), "beam_search"),
@@ -316,7 +320,7 @@ def test_little_is_enough(rung, what, change, named):
 
 
 def test_rounding_is_no_difference():
-    twins = (TorchTwin(), Changed("write greedy", moved("logprobs", (0, 0), 1e-13)))
+    twins = (TorchTwin(), Changed("write sampled", moved("logprobs", (0, 0), 1e-13)))
     assert sampling.check(Evidence(small("textbook-decoder"), twins)).verdict == "agree"
     twins = (TorchTwin(), Changed("search mean", moved("scores", (0, 1), 1e-12)))
     assert beams.check(Evidence(small("textbook-decoder"), twins)).verdict == "agree"

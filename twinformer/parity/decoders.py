@@ -132,6 +132,7 @@ class FlaxDecoder:
         self.two = model.config.architecture == "encoder-decoder"
         self.graphdef, self.state = nnx.split(model)
         self._programs = programs
+        self._reset, self._reorder = jax.jit(flax_impl.cache.reset_cache), jax.jit(flax_impl.cache.reorder_cache)
 
     def full(self, inputs: Arrays, *, watch: bool = False) -> tuple[Array, list[Seen]]:
         logits, seen = self._run("full", watch, lambda model, inputs: model(**inputs), inputs)
@@ -164,10 +165,10 @@ class FlaxDecoder:
         return np.asarray(logits), cache, seen
 
     def reset(self, cache: Any) -> Any:
-        return flax_impl.cache.reset_cache(cache)
+        return self._reset(cache)
 
     def reorder(self, cache: Any, rows: Array) -> Any:
-        return flax_impl.cache.reorder_cache(cache, rows)
+        return self._reorder(cache, rows)
 
     def leaves(self, cache: Any) -> Arrays:
         return _flat(cache, np.asarray)

@@ -14,6 +14,7 @@ import flax_impl
 import torch_impl
 from twinformer.learning import OptimizerConfig
 from twinformer.parity.compare import FloatArray
+from twinformer.parity.haste import hurried
 
 Leaves = dict[str, FloatArray]
 
@@ -43,7 +44,7 @@ def _torch_steps(
 def _flax_steps(
     config: OptimizerConfig, parameters: Leaves, gradients: Sequence[Leaves], rates: Sequence[float]
 ) -> list[Leaves]:
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), hurried(parameters):
         optimizer = flax_impl.Optimizer(config)
         held: Any = {path: jnp.asarray(leaf, jnp.float64) for path, leaf in parameters.items()}
         state: Any = optimizer.init(held)

@@ -35,14 +35,13 @@ from twinformer.learning import TrainingConfig
 from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
 from twinformer.parity.decoders import Decoder, FlaxDecoder, TorchDecoder
+from twinformer.parity.haste import hurried
 from twinformer.parity.training_runs import Trained, train
 from twinformer.parity.writers import Chooser, FlaxChooser, FlaxWriter, TorchChooser, TorchWriter, Writer
 
 Precision = Literal["default", "highest"]
 # every module with its output's gradient, or only embeddings, blocks and stacks without
 Detail = Literal["modules", "blocks"]
-# weights of a model whose programs take longer to compile well than to run
-_SMALL = 2_000_000
 # lengths of prompts are rounded up to this
 BUCKET = 8
 
@@ -434,7 +433,7 @@ class FlaxTwin:
     def train(
         self, case: Case, training: TrainingConfig, runs: Sequence[Sequence[Sequence[Batch]]], *, evaluate: bool = True
     ) -> list[Trained]:
-        with _x64(case), _hurried(case), jax.default_matmul_precision("highest"):
+        with _x64(case), hurried(case.tensors), jax.default_matmul_precision("highest"):
             trainer = flax_training.Trainer(case.config, training)
             return [train(trainer, case.tensors, lessons, evaluate=evaluate) for lessons in runs]
 
@@ -633,17 +632,5 @@ def _torch_precision(precision: Precision) -> Iterator[None]:
 def _x64(case: Case) -> Iterator[None]:
     """64-bit JAX only for a float64 case: others run as users run them, and are compiled as well."""
     is_wide = case.config.compute_dtype == "float64"
-    with jax.enable_x64(is_wide), _hurried(case) if is_wide else contextlib.nullcontext():
+    with jax.enable_x64(is_wide), hurried(case.tensors) if is_wide else contextlib.nullcontext():
         yield
-
-
-@contextlib.contextmanager
-def _hurried(case: Case) -> Iterator[None]:
-    """Small models are compiled with little care: where nobody looks at speed, compiling is most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")  # type: ignore[no-untyped-call]
-    is_small = sum(tensor.size for tensor in case.tensors.values()) < _SMALL
-    jax.config.update("jax_disable_most_optimizations", before or is_small)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)  # type: ignore[no-untyped-call]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +27,8 @@ Ids = npt.NDArray[np.int64]
 class Chooser(Protocol):
     """From logits ``[B, V]`` to tokens."""
 
-    def processed(self, config: SamplingConfig, logits: FloatArray, seen: Array) -> Array:
-        """What the processors of the config make of logits."""
+    def processed(self, configs: Sequence[SamplingConfig], logits: FloatArray, seen: Array) -> list[Array]:
+        """What the processors of each config make of logits."""
 
     def greedy(self, logits: FloatArray) -> Ids:
         """The first token of each row."""
@@ -55,11 +57,14 @@ class Writer(Protocol):
 
 
 class TorchChooser:
-    def processed(self, config: SamplingConfig, logits: FloatArray, seen: Array) -> Array:
-        x, marks = torch.from_numpy(logits.copy()), torch.from_numpy(np.array(seen))
-        for process in torch_impl.sampling.processors(config):
-            x = process(x, marks)
-        return x.numpy()
+    def processed(self, configs: Sequence[SamplingConfig], logits: FloatArray, seen: Array) -> list[Array]:
+        found = []
+        for config in configs:
+            x, marks = torch.from_numpy(logits.copy()), torch.from_numpy(np.array(seen))
+            for process in torch_impl.sampling.processors(config):
+                x = process(x, marks)
+            found.append(x.numpy())
+        return found
 
     def greedy(self, logits: FloatArray) -> Ids:
         return torch_impl.sampling.greedy(torch.from_numpy(logits.copy())).numpy().astype(np.int64)
@@ -74,17 +79,28 @@ class TorchChooser:
 
 
 class FlaxChooser:
-    def processed(self, config: SamplingConfig, logits: FloatArray, seen: Array) -> Array:
-        x = jnp.asarray(logits)
-        for process in flax_impl.sampling.processors(config):
-            x = process(x, jnp.asarray(seen))
-        return np.asarray(x)
+    """Compiled, as all of it is where it is used."""
+
+    def __init__(self) -> None:
+        self._greedy, self._draw = jax.jit(flax_impl.sampling.greedy), jax.jit(flax_impl.sampling.draw)
+
+    def processed(self, configs: Sequence[SamplingConfig], logits: FloatArray, seen: Array) -> list[Array]:
+        def every(logits: Any, seen: Any) -> list[Any]:
+            found = []
+            for config in configs:
+                x = logits
+                for process in flax_impl.sampling.processors(config):
+                    x = process(x, seen)
+                found.append(x)
+            return found
+
+        return [np.asarray(x) for x in jax.jit(every)(logits, seen)]
 
     def greedy(self, logits: FloatArray) -> Ids:
-        return np.asarray(flax_impl.sampling.greedy(jnp.asarray(logits))).astype(np.int64)
+        return np.asarray(self._greedy(logits)).astype(np.int64)
 
     def draw(self, logits: FloatArray, uniforms: Array) -> Ids:
-        return np.asarray(flax_impl.sampling.draw(jnp.asarray(logits), jnp.asarray(uniforms))).astype(np.int64)
+        return np.asarray(self._draw(logits, uniforms)).astype(np.int64)
 
     def uniforms(self, seed: int, rows: Array, step: int) -> Array:
         keys = flax_impl.sampling.sequence_keys(seed, jnp.asarray(rows))

@@ -32,14 +32,18 @@ BOUND = 1e-12
 NOISE = 1e-10
 
 
-def written(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[list[Comparison], Problems, int]:
-    """What one twin writes, greedily and sampled; also how many tokens were looked at."""
+def written(
+    twin: Twin, judge: Twin, case: Case, writing: Writing, which: str
+) -> tuple[list[Comparison], Problems, int]:
+    """What one twin writes in the scenario of that name; also how many tokens were looked at."""
     comparisons: list[Comparison] = []
     problems: list[str] = []
     count = 0
     with twin.writers(case) as make:
         writer = make(case)
         for scenario in judge.once("ends", case, lambda: with_ends(judge, case, writing)):
+            if scenario.name != which:
+                continue
             found = _generated(twin, case, writing, writer, scenario)
             logits = _logits_under(judge, case, writing, found)
             wrong = list(_check_tokens(writing, scenario, found, logits))
@@ -97,10 +101,11 @@ def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
             writer.generate(writing.prompts, **writing.options(), **one.options()).tokens for one in (greedy, sampled)
         )
     stop = (int(free[0, min(2, free.shape[1] - 1)]),)
+    ending = (int(drawn[2, -1]),)
     sequences = (tuple(map(int, drawn[0, 1:3])), tuple(map(int, drawn[1, 2:5])))
     return [
         greedy.ending(StopConfig(tokens=stop)),
-        sampled.ending(StopConfig(sequences=tuple(one for one in sequences if one))),
+        sampled.ending(StopConfig(tokens=ending, sequences=tuple(one for one in sequences if one))),
     ]
 
 

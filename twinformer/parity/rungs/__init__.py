@@ -59,7 +59,7 @@ LADDER = (
     Step(6, "accumulation", "gradients in bfloat16 are summed wide", accumulation.check, by_default=False),
     Step(7, "decoding", "prefill, chunks and single tokens = full forward", decoding.check),
     Step(8, "sampling", "what is drawn, on ties and boundaries, and what is written with it", sampling.check),
-    Step(8, "beams", "beam search; streams and scores of what was written", beams.check, by_default=False),
+    Step(8, "beams", "beam search; greedy texts, streams and scores", beams.check, by_default=False),
     Step(9, "persistence", "saved by one, loaded by the other, bit for bit", persistence.check),
     Step(10, "sharding", "sharded = single device"),
 )

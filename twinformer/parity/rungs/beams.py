@@ -1,4 +1,4 @@
-"""Rung 8, continued: which hypotheses a beam keeps; streams and scores of what was written.
+"""Rung 8, continued: which hypotheses a beam keeps; the greedy text, as a stream, and its scores.
 
 Both twins search with the case's model and both length penalties, against the reference's own search, which asks for
 one full forward in each step. With all weights zero every continuation ties, and only the order decides.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs.sampling import add, prepared, verdict
 from twinformer.parity.verdict import Rung, does_not_apply
-from twinformer.parity.writing_checks import Problems, rescored, searched
+from twinformer.parity.writing_checks import Problems, rescored, searched, written
 
 
 def check(evidence: Evidence) -> Rung:
@@ -20,14 +20,18 @@ def check(evidence: Evidence) -> Rung:
     case, writing = prepared(whole)
     comparisons = []
     problems: Problems = {}
-    hypotheses = 0
+    hypotheses = tokens = 0
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: beam search")
         wrong, count = searched(twin, evidence.twins[0], case, writing)
         add(problems, twin.name, wrong)
         hypotheses += count
-        evidence.progress(f"{twin.name}: streams and scores")
+        evidence.progress(f"{twin.name}: greedy, as a stream, and scored")
+        figures, wrong, count = written(twin, evidence.twins[0], case, writing, "greedy")
+        comparisons += figures
+        add(problems, twin.name, wrong)
+        tokens += count
         figures, wrong = rescored(twin, evidence.twins[0], case, writing)
         comparisons += figures
         add(problems, twin.name, wrong)
-    return verdict(f"{hypotheses} hypotheses, a stream and scores", comparisons, problems, case, whole)
+    return verdict(f"{hypotheses} hypotheses, {tokens} tokens written", comparisons, problems, case, whole)

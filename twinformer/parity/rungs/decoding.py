@@ -18,6 +18,7 @@ from twinformer.config import ModelConfig
 from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems
 from twinformer.parity.cut import cut, describe
+from twinformer.parity.decoders import Decoder
 from twinformer.parity.decoding_culprit import Found, find
 from twinformer.parity.decoding_runs import PADDINGS, POISON, Decoded, Plan, decode, plan_for
 from twinformer.parity.evidence import Evidence
@@ -36,10 +37,10 @@ def check(evidence: Evidence) -> Rung:
     problems: list[str] = []
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: decoding in steps")
-        wrong = twin.once("layout", case, partial(_layout, twin, case, plan))
+        wrong, found = twin.once("decoding", case, partial(run, twin, case, plan))
         problems += [f"{twin.name}: {text}" for text in wrong]
-        if not wrong:
-            decoded.append((twin, twin.once("decoding", case, partial(run, twin, case, plan))))
+        if found is not None:
+            decoded.append((twin, found))
     comparisons = [one for twin, found in decoded for one in _with_itself(twin.name, found)]
     comparisons += _with_each_other(decoded)
     cells = sum(one.name.startswith(evidence.twins[0].name) for one in comparisons)
@@ -59,10 +60,13 @@ def prepared(whole: Case) -> tuple[Case, Plan]:
     return cut(whole, plan.inputs(plan.tokens, plan.real)).in_dtype("float64"), plan
 
 
-def run(twin: Twin, case: Case, plan: Plan) -> Decoded:
-    """All cells of one twin."""
+def run(twin: Twin, case: Case, plan: Plan) -> tuple[list[str], Decoded | None]:
+    """All cells of one twin; none where its caches are not those of the contract."""
     with twin.decoders(case) as make:
-        return decode(lambda is_poisoned: make(poisoned(case) if is_poisoned else case), plan)
+        wrong = _layout(twin.name, make(case), case.config, plan)
+        if wrong:
+            return wrong, None
+        return [], decode(lambda is_poisoned: make(poisoned(case) if is_poisoned else case), plan)
 
 
 def poisoned(case: Case) -> Case:
@@ -112,17 +116,16 @@ def _shows(one: FloatArray, other: FloatArray) -> bool:
     return bool(np.isfinite(one).any() or np.isfinite(other).any())
 
 
-def _layout(twin: Twin, case: Case, plan: Plan) -> list[str]:
+def _layout(name: str, decoder: Decoder, config: ModelConfig, plan: Plan) -> list[str]:
     """The leaves of a new cache against the contract: a buffer of another shape can still take what is written."""
-    with twin.decoders(case) as make:
-        decoder = make(case)
-        leaves = decoder.leaves(decoder.start(len(plan.tokens), plan.slots, plan.source, plan.source_real))
-    wanted = layout(case.config, plan)
-    problems = set_problems("leaf of the cache", leaves, wanted, (twin.name, "the contract"))
-    for name, shape in wanted.items():
-        if name in leaves and tuple(leaves[name].shape) != shape:
-            problems.append(f"cache: {name}: expected shape {shape}, got {tuple(leaves[name].shape)}")
-    return problems
+    leaves = decoder.leaves(decoder.start(len(plan.tokens), plan.slots, plan.source, plan.source_real))
+    wanted = layout(config, plan)
+    problems = set_problems("leaf of the cache", leaves, wanted, (name, "the contract"))
+    return problems + [
+        f"cache: {leaf}: expected shape {shape}, got {tuple(leaves[leaf].shape)}"
+        for leaf, shape in wanted.items()
+        if leaf in leaves and tuple(leaves[leaf].shape) != shape
+    ]
 
 
 def layout(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -48,7 +48,7 @@ def check(evidence: Evidence) -> Rung:
         if wrong or not all(one.agrees for one in figures):
             continue  # what is written with them would say it again, if anything could be written
         evidence.progress(f"{twin.name}: writing")
-        figures, wrong, count = written(twin, evidence.twins[0], case, writing)
+        figures, wrong, count = written(twin, evidence.twins[0], case, writing, "sampled")
         comparisons += figures
         add(problems, twin.name, wrong)
         tokens += count
@@ -98,14 +98,13 @@ def definitions(twin: Twin, case: Case) -> tuple[list[Comparison], Problems]:
 
 def _processors(name: str, chooser: Chooser) -> Iterator[Comparison]:
     """Every processor and chain on every table: which tokens are left, and their values."""
-    for place, configs in CHAINS.items():
-        for config in configs:
-            for table in TABLES:
-                rows = zip(table.logits, table.seen, strict=True)
-                expected = np.stack([reference.processed(*row, config) for row in rows])
-                got = chooser.processed(config, table.logits, table.seen)
-                label = f"{place} ({_choices(config)}, {table.name} logits, {name})"
-                yield compare(label, got, expected, bound=BOUND, scale=max(1.0, _largest(expected)))
+    logits, seen = (np.concatenate(parts) for parts in zip(*((one.logits, one.seen) for one in TABLES), strict=True))
+    asked = [(place, config) for place, configs in CHAINS.items() for config in configs]
+    found = chooser.processed([config for _, config in asked], logits, seen)
+    for (place, config), got in zip(asked, found, strict=True):
+        expected = np.stack([reference.processed(*row, config) for row in zip(logits, seen, strict=True)])
+        label = f"{place} ({_choices(config)}, {name})"
+        yield compare(label, got, expected, bound=BOUND, scale=max(1.0, _largest(expected)))
 
 
 def _numbers(chooser: Chooser) -> Iterator[str]:
@@ -123,26 +122,30 @@ def _numbers(chooser: Chooser) -> Iterator[str]:
 
 
 def _greedy(chooser: Chooser) -> Iterator[str]:
-    for name, logits in _rows():
-        got, expected = chooser.greedy(logits).tolist(), [reference.greedy(row) for row in logits]
-        if got != expected:
-            yield f"greedy on {name} logits: expected {expected}, got {got}"
+    logits, where = _rows()
+    for row, one in enumerate(chooser.greedy(logits).tolist()):
+        expected = reference.greedy(logits[row])
+        if one != expected:
+            yield f"greedy on {where[row]}: expected {expected}, got {one}"
 
 
 def _draws(chooser: Chooser) -> Iterator[str]:
     """On equal logits every number is a boundary or next to one; elsewhere one within rounding of it says nothing."""
-    for name, logits in _rows():
-        is_exact = [len({x for x in row if np.isfinite(x)}) <= 1 for row in logits]
-        for uniform in UNIFORMS:
-            got = chooser.draw(logits, np.full(len(logits), uniform, np.float32)).tolist()
-            expected = [reference.draw(row, float(uniform)) for row in logits]
-            for row, (one, other) in enumerate(zip(got, expected, strict=True)):
-                if one != other and (is_exact[row] or reference.draw_margin(logits[row], float(uniform)) > NOISE):
-                    yield f"draw from {name} logits, row {row}, at {float(uniform)!r}: expected {other}, got {one}"
+    logits, where = _rows()
+    is_exact = [len({x for x in row if np.isfinite(x)}) <= 1 for row in logits]
+    for uniform in UNIFORMS:
+        got = chooser.draw(logits, np.full(len(logits), uniform, np.float32)).tolist()
+        for row, one in enumerate(got):
+            expected = reference.draw(logits[row], float(uniform))
+            if one != expected and (is_exact[row] or reference.draw_margin(logits[row], float(uniform)) > NOISE):
+                yield f"draw from {where[row]}, at {float(uniform)!r}: expected {expected}, got {one}"
 
 
-def _rows() -> list[tuple[str, FloatArray]]:
-    return [("hopeless", HOPELESS), *((table.name, table.logits) for table in TABLES)]
+def _rows() -> tuple[FloatArray, list[str]]:
+    """All rows of logits, and where each is from."""
+    tables = {"hopeless": HOPELESS} | {table.name: table.logits for table in TABLES}
+    where = [f"{name} logits, row {row}" for name, table in tables.items() for row in range(len(table))]
+    return np.concatenate(list(tables.values())), where
 
 
 def _choices(config: SamplingConfig) -> str:
