@@ -26,7 +26,7 @@ Architecture = Literal["encoder", "decoder", "encoder-decoder"]
 Norm = Literal["layernorm", "rmsnorm"]
 NormWeight = Literal["plain", "one_plus"]
 NormCast = Literal["after_weight", "before_weight"]
-NormPlacement = Literal["pre", "post"]
+NormPlacement = Literal["pre", "post", "sandwich"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 QKNorm = Literal["none", "layernorm", "rmsnorm"]
 Positions = Literal["none", "sinusoidal", "learned", "rotary", "relative", "alibi"]
@@ -34,7 +34,9 @@ SinusoidLayout = Literal["interleaved", "halves"]
 SinusoidSpacing = Literal["textbook", "endpoint"]
 RotaryConvention = Literal["half", "interleaved"]
 RotaryScalingKind = Literal["none", "linear", "llama3", "yarn"]
-Head = Literal["none", "tied", "untied"]
+Head = Literal["none", "tied", "untied", "pooled", "sequence", "tokens"]
+Pool = Literal["none", "first", "last", "mean", "max"]
+Pooler = Literal["none", "tanh", "relu"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Initializer = Literal["normal", "truncated_normal", "xavier_uniform"]
 
@@ -96,6 +98,7 @@ class StackConfig:
     attention_softcap: float | None = None
     qk_norm: QKNorm = "none"
     window: int | None = None
+    window_layers: tuple[int, ...] | None = None  # the blocks that have the window, rising; None: all
 
     # positions
     positions: Positions = "none"
@@ -105,6 +108,7 @@ class StackConfig:
     rotary_convention: RotaryConvention = "half"
     rotary_base: float = 10000.0
     rotary_dim: int = field(default=None)  # type: ignore[assignment]  # None: key_dim when rotary, else 0
+    window_rotary_base: float | None = None  # of blocks with the window, which are not scaled then; None: as all
     rotary_scaling: RotaryScaling = RotaryScaling()
     relative_buckets: int = 32
     relative_max_distance: int = 128
@@ -135,6 +139,8 @@ class StackConfig:
                 problems.add(problem)
 
     def _resolve(self) -> None:
+        if isinstance(self.window_layers, list):  # as JSON has it
+            object.__setattr__(self, "window_layers", tuple(self.window_layers))
         self._default("value_dim", self.key_dim)
         self._default("num_kv_heads", self.num_heads)
         self._default("rotary_dim", self.key_dim if self.positions == "rotary" else 0)
@@ -172,10 +178,25 @@ class StackConfig:
             self.window is None or self.window >= 1,
             f"window: expected at least 1 or None, got {self.window}",
         )
+        self._check_window_layers(problems)
         for name in ("dropout", "attention_dropout", "hidden_dropout"):
             value = getattr(self, name)
             problems.expect(0 <= value < 1, f"{name}: expected a rate in [0, 1), got {value}")
         self._check_positions(problems)
+
+    def _check_window_layers(self, problems: Problems) -> None:
+        layers = self.window_layers
+        if layers is None:
+            return
+        problems.expect(self.window is not None, f"window_layers: expected None with window=None, got {layers}")
+        problems.expect(
+            all(0 <= layer < self.num_layers for layer in layers) and list(layers) == sorted(set(layers)),
+            f"window_layers: expected rising numbers from 0 to num_layers - 1 = {self.num_layers - 1}, got {layers}",
+        )
+        problems.expect(
+            0 < len(layers) < self.num_layers,
+            f"window_layers: expected some of {self.num_layers} blocks, and not all (None), got {layers}",
+        )
 
     def _check_positions(self, problems: Problems) -> None:
         problems.expect(self.position_offset >= 0, f"position_offset: expected at least 0, got {self.position_offset}")
@@ -196,6 +217,15 @@ class StackConfig:
         problems.expect(
             math.isfinite(self.rotary_base) and self.rotary_base > 1,
             f"rotary_base: expected a number above 1, got {self.rotary_base}",
+        )
+        base = self.window_rotary_base
+        problems.expect(
+            base is None or (math.isfinite(base) and base > 1),
+            f"window_rotary_base: expected a number above 1 or None, got {base}",
+        )
+        problems.expect(
+            base is None or (self.positions == "rotary" and self.window is not None),
+            f"window_rotary_base: expected None with positions={self.positions!r} and window={self.window}, got {base}",
         )
         if self.positions == "rotary":
             problems.expect(
@@ -235,6 +265,15 @@ class StackConfig:
                 f"rotary_scaling.beta_fast: expected more than beta_slow={scaling.beta_slow}, got {scaling.beta_fast}",
             )
 
+    @property
+    def ring_window(self) -> int | None:
+        """The window that bounds what any block can still see, or None where some block sees everything."""
+        return self.window if self.window_layers is None else None
+
+    def has_window(self, layer: int) -> bool:
+        """Whether block ``layer`` sees through the window only."""
+        return self.window is not None and (self.window_layers is None or layer in self.window_layers)
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated anew."""
         return dataclasses.replace(self, **changes)
@@ -245,7 +284,8 @@ class StackConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, as plain JSON values."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values | {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
@@ -305,13 +345,20 @@ class ModelConfig(StackConfig):
     share_embeddings: bool = False
     embedding_scale: float | None = None
     embedding_norm: bool = False
+    embedding_dropout: float | None = None  # None: dropout
     num_token_types: int = 0
 
     # head
     head: Head = "tied"
     head_bias: bool = False
+    head_transform: bool = False
     head_scale: float | None = None
     head_softcap: float | None = None
+    head_dropout: float = 0.0
+    num_labels: int = 0
+    pool: Pool = "none"
+    pooler: Pooler = "none"
+    pool_normalize: bool = False
 
     # initial weights
     initializer: Initializer = "normal"
@@ -348,23 +395,56 @@ class ModelConfig(StackConfig):
             f"token types), got {self.num_token_types}",
         )
         problems.expect(
-            self.head != "none" or self.architecture == "encoder",
-            f"head: expected 'tied' or 'untied' with architecture={self.architecture!r}, got 'none'",
+            not two or self.window_layers is None,
+            f"window_layers: expected None with architecture={self.architecture!r}, got {self.window_layers}",
         )
-        if self.head == "none":
-            problems.expect(not self.head_bias, "head_bias: expected False with head='none', got True")
-            for name in ("head_scale", "head_softcap"):
-                value = getattr(self, name)
-                problems.expect(value is None, f"{name}: expected None with head='none', got {value}")
+        self._check_head(problems)
         for name in ("embedding_scale", "head_scale", "head_softcap"):
             value = getattr(self, name)
             problems.expect(
                 value is None or (math.isfinite(value) and value > 0),
                 f"{name}: expected a positive number or None, got {value}",
             )
+        for name in ("embedding_dropout", "head_dropout"):
+            value = getattr(self, name)
+            problems.expect(value is None or 0 <= value < 1, f"{name}: expected a rate in [0, 1), got {value}")
         problems.expect(
             math.isfinite(self.initializer_std) and self.initializer_std > 0,
             f"initializer_std: expected a positive number, got {self.initializer_std}",
+        )
+
+    def _check_head(self, problems: Problems) -> None:
+        head = self.head
+        if self.architecture == "encoder-decoder":
+            problems.expect(
+                head in ("tied", "untied"),
+                f"head: expected 'tied' or 'untied' with architecture={self.architecture!r}, got {head!r}",
+            )
+        labels = head in ("sequence", "tokens")
+        wanted = "at least 1" if labels else "0"
+        problems.expect(
+            (self.num_labels >= 1) if labels else (self.num_labels == 0),
+            f"num_labels: expected {wanted} with head={head!r}, got {self.num_labels}",
+        )
+        # the choices that some heads have, and what says that it is not made
+        unmade = {
+            "head_bias": (False, ("tied", "untied", "sequence", "tokens")),
+            "head_transform": (False, ("tied", "untied")),
+            "head_scale": (None, ("tied", "untied")),
+            "head_softcap": (None, ("tied", "untied")),
+            "head_dropout": (0.0, ("sequence", "tokens")),
+            "pool": ("none", ("pooled", "sequence")),
+            "pooler": ("none", ("pooled", "sequence")),
+            "pool_normalize": (False, ("pooled",)),
+        }
+        for name, (none, heads) in unmade.items():
+            value = getattr(self, name)
+            problems.expect(
+                head in heads or value == none, f"{name}: expected {none!r} with head={head!r}, got {value!r}"
+            )
+        problems.expect(
+            head not in ("pooled", "sequence") or self.pool != "none",
+            f"pool: expected 'first', 'last', 'mean' or 'max' with head={head!r}, got {self.pool!r}",
         )
 
 
@@ -389,13 +469,19 @@ def _stand_in(config: StackConfig, wrong: set[str]) -> StackConfig:
     if not wrong:
         return config
     harmless = object.__new__(type(config))
+    hints = typing.get_type_hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name in wrong:
-            has_default = f.default is not dataclasses.MISSING and f.default is not None
-            value = f.default if has_default else ("encoder" if f.name == "architecture" else 1)
+            value = f.default
+            if value is dataclasses.MISSING or (value is None and not _takes_none(hints[f.name])):
+                value = "encoder" if f.name == "architecture" else 1
         object.__setattr__(harmless, f.name, value)
     return harmless
+
+
+def _takes_none(hint: Any) -> bool:
+    return types.NoneType in typing.get_args(hint)
 
 
 def _check_type(name: str, value: Any, hint: Any, problems: Problems) -> bool:
@@ -415,6 +501,8 @@ def _fits(value: Any, option: Any) -> bool:
         return is_number and (isinstance(value, float) or abs(value) < _TOO_LARGE)
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if typing.get_origin(option) is tuple:
+        return isinstance(value, (tuple, list)) and all(_fits(part, int) for part in value)
     return isinstance(value, option)
 
 
@@ -423,5 +511,7 @@ def _described(option: Any) -> str:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(option))
     if option is types.NoneType:
         return "None"
+    if typing.get_origin(option) is tuple:
+        return "a list of whole numbers"
     plain = {int: "a whole number", float: "a number", bool: "true or false"}
     return plain.get(option) or str(option.__name__)

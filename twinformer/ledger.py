@@ -86,9 +86,11 @@ LEDGER: tuple[Choice, ...] = (
     Choice(
         "norm placement",
         ("norm_placement", "final_norm"),
-        "pre is x + f(norm(x)), post is norm(x + f(x)); final_norm adds one after the last block.",
+        "pre is x + f(norm(x)), post is norm(x + f(x)), sandwich is x + norm2(f(norm(x))) (Gemma 2 and 3); final_norm "
+        "adds one after the last block.",
         (
             "test_block.py::test_against_torch_nn",
+            "test_block.py::test_sandwich_norms",
             "test_stack.py::test_without_final_norm",
         ),
         mutants=("T4", "T5", "T6", "T63"),
@@ -184,6 +186,16 @@ LEDGER: tuple[Choice, ...] = (
             "test_attention.py::test_by_hand_causal_window",
         ),
         mutants=("M16", "T27", "T28", "T29"),
+    ),
+    Choice(
+        "blocks with the window",
+        ("window_layers", "window_rotary_base"),
+        "window_layers names the blocks that have the window, null means all; window_rotary_base is the rotary base of "
+        "those blocks, which are not scaled then (Gemma 3).",
+        (
+            "test_stack.py::test_window_layers",
+            "test_stack.py::test_window_rotary_base",
+        ),
     ),
     Choice(
         "row with nothing to attend to",
@@ -312,11 +324,31 @@ LEDGER: tuple[Choice, ...] = (
         mutants=("T59", "T60", "T61", "W4", "W5", "W11"),
     ),
     Choice(
-        "dropout",
-        ("dropout", "attention_dropout", "hidden_dropout"),
-        "on sub-layer outputs and embeddings, on attention weights, on hidden units; one Philox word per element, no "
-        "broadcast, from (seed, step, place); on exactly when a key is passed.",
+        "head of masked tokens",
+        ("head_transform",),
+        "norm(act(W h + b)) before the logits, with the model's activation and norm (BERT, RoBERTa).",
+        ("test_heads.py::test_transform",),
+    ),
+    Choice(
+        "labels and sentence vectors",
+        ("num_labels", "pool", "pooler", "pool_normalize"),
+        "pooled and sequence heads take one vector of the real tokens of a row, padding on either side: first, last, "
+        "mean or max, 0 where there is none; then a dense layer with tanh or relu; pool_normalize divides by the L2 "
+        "norm; a tokens head labels every token.",
         (
+            "test_heads.py::test_pools",
+            "test_heads.py::test_labels",
+        ),
+    ),
+    Choice(
+        "dropout",
+        ("dropout", "attention_dropout", "hidden_dropout", "embedding_dropout", "head_dropout"),
+        "on sub-layer outputs, attention weights, hidden units, embeddings (embedding_dropout null: as dropout) and "
+        "before the matrix of labels; one Philox word per element, no broadcast, from (seed, step, place); on exactly "
+        "when a key is passed.",
+        (
+            "test_heads.py::test_dropout",
+            "test_embeddings.py::test_embedding_dropout",
             "test_dropout.py::test_known_answer_of_each_twin",
             "test_dropout.py::test_one_word_per_element",
             "test_models.py::test_keys_go_where_the_contract_says",

@@ -39,10 +39,7 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
     else:
         found |= _embeddings("embedding", config, config.vocab_size)
         found |= stack_parameters(config, config.num_layers, cross_attention=False, prefix="stack.")
-    if config.head == "untied":
-        found["head.weight"] = Parameter((config.vocab_size, config.model_dim), "linear")
-    if config.head_bias:
-        found["head.bias"] = Parameter((config.vocab_size,), "bias")
+    found |= _head("head", config)
     return found
 
 
@@ -62,13 +59,16 @@ def stack_parameters(
 
 def block_parameters(config: StackConfig, *, cross_attention: bool, prefix: str = "") -> dict[str, Parameter]:
     """Every parameter of one ``Block``."""
-    found = _norm(f"{prefix}attention_norm", config, config.model_dim)
-    found |= attention_parameters(config, prefix=f"{prefix}attention.")
+    branches = {"attention": attention_parameters(config, prefix=f"{prefix}attention.")}
     if cross_attention:
-        found |= _norm(f"{prefix}cross_attention_norm", config, config.model_dim)
-        found |= attention_parameters(config, prefix=f"{prefix}cross_attention.")
-    found |= _norm(f"{prefix}feedforward_norm", config, config.model_dim)
-    found |= feedforward_parameters(config, prefix=f"{prefix}feedforward.")
+        branches["cross_attention"] = attention_parameters(config, prefix=f"{prefix}cross_attention.")
+    branches["feedforward"] = feedforward_parameters(config, prefix=f"{prefix}feedforward.")
+    found: dict[str, Parameter] = {}
+    for name, own in branches.items():
+        found |= _norm(f"{prefix}{name}_norm", config, config.model_dim)
+        found |= own
+        if config.norm_placement == "sandwich":
+            found |= _norm(f"{prefix}{name}_post_norm", config, config.model_dim)
     return found
 
 
@@ -124,4 +124,20 @@ def _embeddings(path: str, config: ModelConfig, vocabulary: int) -> dict[str, Pa
         found[f"{path}.token_types.weight"] = Parameter((config.num_token_types, D), "embedding")
     if config.embedding_norm:
         found |= _norm(f"{path}.norm", config, D)
+    return found
+
+
+def _head(path: str, config: ModelConfig) -> dict[str, Parameter]:
+    """What the head owns; a tied one without bias and transform owns nothing."""
+    D, found = config.model_dim, {}
+    if config.head_transform:
+        found |= _linear(f"{path}.transform", D, D, True)
+        found |= _norm(f"{path}.norm", config, D)
+    if config.pooler != "none":
+        found |= _linear(f"{path}.pooler", D, D, True)
+    rows = config.num_labels or config.vocab_size
+    if config.head in ("untied", "sequence", "tokens"):
+        found[f"{path}.weight"] = Parameter((rows, D), "linear")
+    if config.head_bias:
+        found[f"{path}.bias"] = Parameter((rows,), "bias")
     return found
