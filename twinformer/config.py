@@ -139,8 +139,9 @@ class StackConfig:
                 problems.add(problem)
 
     def _resolve(self) -> None:
-        if isinstance(self.window_layers, list):  # as JSON has it
-            object.__setattr__(self, "window_layers", tuple(self.window_layers))
+        layers: Any = self.window_layers
+        if isinstance(layers, list):  # as JSON has it
+            object.__setattr__(self, "window_layers", tuple(layers))
         self._default("value_dim", self.key_dim)
         self._default("num_kv_heads", self.num_heads)
         self._default("rotary_dim", self.key_dim if self.positions == "rotary" else 0)

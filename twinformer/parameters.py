@@ -129,7 +129,8 @@ def _embeddings(path: str, config: ModelConfig, vocabulary: int) -> dict[str, Pa
 
 def _head(path: str, config: ModelConfig) -> dict[str, Parameter]:
     """What the head owns; a tied one without bias and transform owns nothing."""
-    D, found = config.model_dim, {}
+    D = config.model_dim
+    found: dict[str, Parameter] = {}
     if config.head_transform:
         found |= _linear(f"{path}.transform", D, D, True)
         found |= _norm(f"{path}.norm", config, D)
