@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from torch_impl import masks
+from torch_impl import fused, masks
 from torch_impl.dropout import Dropout, Key
 from torch_impl.linear import DTYPES, Linear, wide_dtype
 from torch_impl.masks import Mask, masked_softmax, quarantine
@@ -31,8 +31,13 @@ def attend(
     """``Z = softmax(Q Kᵀ · scale + bias) V`` over the allowed keys; query head a uses key head ``a // (A // G)``.
 
     Products are in the dtype of Q, all between them is wide: scaling, softcap c (``c · tanh(scores / c)``), bias,
-    softmax and dropout of its weights.
+    softmax and dropout of its weights. Where scores need nothing between the products but their scale, one kernel does
+    it all (``fused.attention``).
     """
+    if softcap is None and bias is None and Q.shape[2] > 1 and (dropout is None or dropout.rate == 0 or rng is None):
+        Z = fused.attention(Q, K, V, scale=scale, allowed=allowed)
+        if Z is not None:
+            return Z
     B, A, T, _ = Q.shape
     G, S = K.shape[1:3]
     wide = wide_dtype(Q.dtype)
@@ -219,6 +224,8 @@ class AttentionLayer(nn.Module):
         )
         Y: Tensor = self.output(Z.transpose(1, 2).flatten(2))
         lost = lost | broken_query | masks.exposed(broken, allowed)
+        if fused.may_look(lost) and not lost.any():
+            return Y
         return Y.masked_fill(lost[..., None], torch.nan)
 
     def _heads(self, rows: Float[Tensor, "B S AK"], heads: int) -> Float[Tensor, "B A S K"]:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from torch_impl import fused
+
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]
 
 
@@ -97,6 +99,8 @@ def quarantine(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[
     A hidden key contributes ``0 · value`` to a sum, and that is NaN where the value is NaN or infinite. With such rows
     taken out, nothing can spread from them, forward or backward; ``exposed`` says who must see them all the same.
     """
+    if fused.may_look(X) and fused.is_finite(X):
+        return X, torch.zeros(X.shape[:-1], dtype=torch.bool)
     there = X.detach()
     broken = (there - there).sum(-1).isnan()  # a number less itself is 0, or NaN where it is not finite
     return X.masked_fill(broken[..., None], 0.0), broken
@@ -104,6 +108,6 @@ def quarantine(X: Float[Tensor, "B S D"]) -> tuple[Float[Tensor, "B S D"], Bool[
 
 def exposed(broken: Bool[Tensor, "B S"], allowed: Bool[Tensor, "..."] | None) -> Bool[Tensor, "B ..."]:
     """Queries that may attend, in any head, to a broken key."""
-    if allowed is None:
+    if allowed is None or (fused.may_look(broken) and not broken.any()):
         return broken.any(-1, keepdim=True)
     return (allowed & padding_mask(broken)).any((1, 3))  # [B, A or 1, T or 1, S] -> [B, T or 1]

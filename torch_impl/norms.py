@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torch_impl import fused
 from torch_impl.linear import DTYPES, new_parameter, wide_dtype
 from torch_impl.weights import initialize
 from twinformer.checks import check_sizes, check_width
@@ -46,13 +47,20 @@ class _Norm(nn.Module):
     def _normalised(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         raise NotImplementedError
 
+    def _fused(self, x: Float[Tensor, "*rows D"], factor: Float[Tensor, " D"]) -> Float[Tensor, "*rows D"] | None:
+        """Norm, factor and bias in one kernel, where there is one."""
+        return None
+
     def forward(self, X: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         if not torch.compiler.is_compiling():
             check_width(type(self).__name__, X=X, width=self.width)
-        Y = self._normalised(X.to(self.compute_dtype).to(self.wide))
+        x = X.to(self.compute_dtype).to(self.wide)
         factor = self.weight.to(self.wide)
         if self.norm_weight == "one_plus":
             factor = 1 + factor
+        if self.cast == "after_weight" and (whole := self._fused(x, factor)) is not None:
+            return whole.to(self.compute_dtype)
+        Y = self._normalised(x)
         dtype = self.wide if self.cast == "after_weight" else self.compute_dtype
         Y = Y.to(dtype) * factor.to(dtype)
         if self.bias is not None:
@@ -89,6 +97,9 @@ class LayerNorm(_Norm):
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.square().mean(-1, keepdim=True)
         return centred / torch.sqrt(variance + self.eps)
+
+    def _fused(self, x: Float[Tensor, "*rows D"], factor: Float[Tensor, " D"]) -> Float[Tensor, "*rows D"] | None:
+        return fused.layer_norm(x, factor, None if self.bias is None else self.bias.to(self.wide), self.eps)
 
 
 class RMSNorm(_Norm):

@@ -6,6 +6,7 @@ between the frameworks and is needed here is in ``Patch``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -16,8 +17,12 @@ import jax
 import jax.numpy as jnp
 import torch
 
+import torch_impl
+
 Function = Callable[..., Any]
 _INHERITED = object()
+# parts of explicit formulas that PyTorch's kernels pass by
+_EXPLICIT = ("masked_softmax",)
 
 
 class Patch:
@@ -32,6 +37,7 @@ class Patch:
         self.xp: Any = torch if self.is_torch else jnp
         self.calls = 0
         self._undo: list[tuple[Any, str, Any]] = []
+        self._explicit = contextlib.ExitStack()
 
     def __enter__(self) -> Patch:
         return self
@@ -43,6 +49,7 @@ class Patch:
             else:
                 setattr(owner, name, original)
         self._undo.clear()
+        self._explicit.close()
 
     def file(self, name: str) -> Any:
         """The twin's file of this name."""
@@ -50,6 +57,8 @@ class Patch:
 
     def function(self, file: str, name: str, faulty: Callable[[Function], Function], *, quiet: bool = False) -> None:
         """Replace a function wherever in the twin its name is bound. ``faulty`` makes the new one from the old."""
+        if self.is_torch and name in _EXPLICIT:
+            self._explicit.enter_context(torch_impl.fused.explicit_formulas())
         original = getattr(self.file(file), name)
         replacement = self._counting(original, faulty, quiet)
         for owner in self._files():
