@@ -24,7 +24,7 @@ from jax import Array
 from jaxtyping import Float
 
 from flax_impl.dropout import Key, fold, random_key
-from flax_impl.linear import Outline, extremes, wide_dtype
+from flax_impl.linear import Outline, extremes, first_gradients, wide_dtype
 from flax_impl.lora import init_adapters, merge
 from flax_impl.losses import cross_entropy, mean_loss
 from flax_impl.models import build
@@ -187,7 +187,8 @@ class Trainer:
             logits = self._logits(self._weights({**state, "parameters": parameters}), arrays, rng)
             return cross_entropy(logits, targets, real=real, smoothing=training.smoothing, z_loss=training.z_loss)
 
-        (total, count), gradients = jax.value_and_grad(loss, has_aux=True)(state["parameters"])
+        with first_gradients():
+            (total, count), gradients = jax.value_and_grad(loss, has_aux=True)(state["parameters"])
         return total, count, {path: g.astype(wide_dtype(g.dtype)) for path, g in gradients.items()}
 
     def _logits(self, weights: Leaves, arrays: Arrays, rng: Key | None) -> Float[Array, "B T V"]:
