@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, continued where it ends")
     options = parser.parse_args()
-    lines = _read(options.out)
+    lines = read_lines(options.out)
     done = {line["case"] for line in lines}
     todo = [(number, options.seed) for number in range(options.cases) if f"{options.seed}/{number}" not in done]
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def main() -> int:
     with options.out.open("a", encoding="utf-8") as out, Progress(console=console) as progress:
         task = progress.add_task("judged", total=options.cases, completed=options.cases - len(todo))
         try:
-            for line in _judge_all(todo, options.jobs):
+            for line in run_all(judged, todo, options.jobs):
                 out.write(json.dumps(line) + "\n")
                 out.flush()
                 lines.append(line)
@@ -104,10 +104,13 @@ def summarize(lines: list[dict[str, Any]]) -> int:
     return 0 if verdicts["agree"] and not verdicts["differ"] else 1
 
 
-def _judge_all(todo: list[tuple[int, int]], jobs: int) -> Iterator[dict[str, Any]]:
+def run_all(
+    judge: Callable[[tuple[int, int]], dict[str, Any]], todo: list[tuple[int, int]], jobs: int
+) -> Iterator[dict[str, Any]]:
+    """One line a case, in worker processes, as they are done."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs, initializer=_prepare, maxtasksperchild=100) as pool:
-        yield from pool.imap_unordered(judged, todo)
+        yield from pool.imap_unordered(judge, todo)
 
 
 def _prepare() -> None:
@@ -118,7 +121,7 @@ def _prepare() -> None:
     torch.set_num_threads(1)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines that are there; a last one that was cut off is dropped from the file."""
     if not file.exists():
         return []
