@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from twinformer.commands import bench
 from twinformer.commands.common import check_writable as _check_writable
 from twinformer.commands.common import err as _err
 from twinformer.commands.common import need as _need
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(train)
 app.command()(evaluate)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

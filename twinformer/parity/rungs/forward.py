@@ -39,10 +39,13 @@ def check(evidence: Evidence) -> Rung:
     return rung
 
 
-def with_noise(comparison: Comparison, noise: Sequence[tuple[Tensors, Tensors]], tensor: str) -> Comparison:
+def with_noise(
+    comparison: Comparison, noise: Sequence[tuple[Tensors, Tensors]], tensor: str, *, least: float = 0.0
+) -> Comparison:
     """The comparison with its noise floor, where the computations in another order have that tensor.
 
     The smaller of the twins' two: a fault can depend on the order itself, and must not excuse itself by that.
+    ``least`` is an absolute difference that rounding can always make.
     """
     floors = [
         compare(tensor, after[tensor], before[tensor], bound=1.0, scale=comparison.scale)
@@ -51,7 +54,8 @@ def with_noise(comparison: Comparison, noise: Sequence[tuple[Tensors, Tensors]],
     ]
     if comparison.problem or len(floors) < len(noise) or not floors:
         return comparison
-    return dataclasses.replace(comparison, noise=min(floor.relative for floor in floors))
+    floor = min(floor.relative for floor in floors)
+    return dataclasses.replace(comparison, noise=max(floor, least / comparison.scale if comparison.scale else 0.0))
 
 
 def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
+from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.power import is_still, is_vacuous, vacuous
 from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
@@ -29,11 +31,17 @@ def check(evidence: Evidence) -> Rung:
         "gradient of output", torch_run.module_gradients, flax_run.module_gradients, (first, second)
     )
     noise = evidence.noise(gradients=True)
+    # where a soft cap is saturated, or next to the root of an activation's derivative, a gradient is what cancellation
+    # leaves of a far larger one: the rounding of that is in it, in whatever order the sums were taken
+    rounding = np.finfo(np.float64).eps * max(
+        _largest(torch_run.module_gradients), _largest({"": evidence.case.cotangent})
+    )
     outputs = [
         with_noise(
             compare(f"output of {path}", gradient, flax_run.module_gradients[path], bound=BOUND),
             noise,
             f"gradient of output {path}",
+            least=rounding,
         )
         for path, gradient in torch_run.module_gradients.items()
         if path in flax_run.module_gradients
@@ -44,6 +52,7 @@ def check(evidence: Evidence) -> Rung:
             compare(path, gradient, flax_run.gradients[path], bound=BOUND, scale=scales[path]),
             noise,
             f"gradient {path}",
+            least=rounding,
         )
         for path, gradient in torch_run.gradients.items()
         if path in flax_run.gradients
@@ -57,6 +66,12 @@ def check(evidence: Evidence) -> Rung:
     if idle:
         rung.notes.append(f"no gradient at all on these inputs: {', '.join(idle)}")
     return rung
+
+
+def _largest(arrays: Mapping[str, FloatArray]) -> float:
+    """The largest finite magnitude."""
+    sizes = [float(np.abs(array).max(initial=0.0)) for array in arrays.values()]
+    return max((size for size in sizes if np.isfinite(size)), default=0.0)
 
 
 def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
