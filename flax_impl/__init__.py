@@ -57,7 +57,7 @@ from flax_impl.sampling import (
 )
 from flax_impl.stack import TransformerStack
 from flax_impl.training import Trainer
-from flax_impl.weights import export_weights, initialize, load, load_weights, save
+from flax_impl.weights import export_weights, from_pretrained, initialize, load, load_weights, save
 
 __all__ = [
     "AttentionLayer",
@@ -98,6 +98,7 @@ __all__ = [
     "draw",
     "export_weights",
     "fold",
+    "from_pretrained",
     "global_norm",
     "greedy",
     "init_adapters",

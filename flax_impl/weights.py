@@ -97,6 +97,36 @@ def load(
     return model
 
 
+def from_pretrained(
+    directory: str | Path, *, dtype: DType | None = None
+) -> EncoderModel | LanguageModel | EncoderDecoder:
+    """The model in a published directory (``twinformer.pretrained``) or in one of ours.
+
+    The dtype is that of the file unless another is asked for. Values are read one tensor at a time, straight into the
+    model: no second copy of the weights is held. Weights that are there as pickles only take PyTorch to read:
+    ``twinformer convert`` writes them anew. Raises CheckpointError, ConfigError or WeightsError, each with all its
+    problems.
+    """
+    from flax_impl.models import build
+    from twinformer import pretrained
+
+    if not pretrained.is_published(directory):
+        return load(directory, dtype=dtype, finite=True)
+    with pretrained.open(directory) as opened:
+        config = opened.config if dtype is None else opened.config.with_dtype(dtype)
+        model = nnx.eval_shape(lambda: build(config, seed=None))  # the structure, without any weight
+        leaves = dict(_leaves(model))
+        for path, array in opened.leaves():
+            leaf = leaves.pop(path)
+            assert leaf.shape == array.shape
+            if leaf.kind == "linear":
+                array = np.ascontiguousarray(array.T)
+            leaf.param.set_value(jnp.asarray(array, leaf.param.dtype))
+            del array
+        assert not leaves, sorted(leaves)
+    return model
+
+
 def save(model: EncoderModel | LanguageModel | EncoderDecoder, directory: str | Path) -> None:
     """Write a model directory. Raises CheckpointError."""
     from twinformer.checkpoint import write_model

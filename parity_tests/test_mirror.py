@@ -22,7 +22,13 @@ from twinformer.parameters import model_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 #: files of one twin alone
-OWN_FILES = {"torch": {"fused": "PyTorch's own kernels; XLA fuses the formulas by itself"}, "flax": {}}
+OWN_FILES = {
+    "torch": {
+        "fused": "PyTorch's own kernels; XLA fuses the formulas by itself",
+        "pickled": "published weights in pickles, which PyTorch alone can read without running them",
+    },
+    "flax": {},
+}
 FILES = sorted(path.stem for path in (ROOT / "torch_impl").glob("*.py") if path.stem not in OWN_FILES["torch"])
 
 #: arguments of one twin alone: {twin: {argument: reason}}
@@ -96,7 +102,7 @@ CONTRACT = {
     "stack": "TransformerStack",
     "embeddings": "TokenEmbedding Embeddings unembed",
     "models": "EncoderModel LanguageModel EncoderDecoder build compiled",
-    "weights": "load_weights export_weights initialize load save",
+    "weights": "load_weights export_weights initialize load from_pretrained save",
     "losses": "cross_entropy mean_loss next_tokens",
     "optimizers": "Optimizer clip global_norm",
     "training": "Trainer",

@@ -253,7 +253,7 @@ DAMAGED_FILES = {
     "offsets beyond the end": (_lie_about_offsets, "does not read"),
     "a shape that overflows": (_lie_about_shape, "does not read"),
     "a dtype of no name": (_unknown_dtype, "does not read"),
-    "only a pickle": (_only_pickle, "got only pytorch_model.bin, which are not read"),
+    "only a pickle": (_only_pickle, "got only pytorch_model.bin, which take PyTorch to read"),
     "nothing": (lambda directory: (directory / "model.safetensors").unlink(), "got nothing by these names"),
 }
 

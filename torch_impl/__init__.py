@@ -65,7 +65,7 @@ from torch_impl.sampling import (
 )
 from torch_impl.stack import TransformerStack
 from torch_impl.training import Trainer
-from torch_impl.weights import export_weights, initialize, load, load_weights, save
+from torch_impl.weights import export_weights, from_pretrained, initialize, load, load_weights, save
 
 __all__ = [
     "AttentionLayer",
@@ -106,6 +106,7 @@ __all__ = [
     "draw",
     "export_weights",
     "fold",
+    "from_pretrained",
     "global_norm",
     "greedy",
     "init_adapters",

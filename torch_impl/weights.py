@@ -44,14 +44,15 @@ def export_weights(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
     return {path: _array(parameter.detach().cpu()) for path, parameter in model.named_parameters()}
 
 
-def _tensor(array: Any) -> Tensor:
+def _tensor(array: Any, *, copy: bool = True) -> Tensor:
+    """``copy`` False: the memory of a contiguous array is the tensor's."""
     if isinstance(array, Tensor):
         return array
     # a copy: PyTorch takes neither read-only memory nor foreign byte order nor negative strides
-    copy = np.array(array, order="C")
-    if copy.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(copy.astype(copy.dtype.newbyteorder("="), copy=False))
+    held = np.array(array, order="C") if copy or not array.flags.writeable else np.ascontiguousarray(array)
+    if held.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(held.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(held.astype(held.dtype.newbyteorder("="), copy=False))
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
@@ -108,6 +109,44 @@ def load(
     model = build(config if dtype is None else config.with_dtype(dtype), seed=None)
     load_weights(model, tensors, finite=finite)
     return model.to(device)
+
+
+def from_pretrained(
+    directory: str | PathLike[str],
+    *,
+    dtype: DType | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """The model in a published directory (``twinformer.pretrained``) or in one of ours, on ``device``.
+
+    The dtype is that of the file unless another is asked for. Values are read one tensor at a time, straight into the
+    model: no second copy of the weights is held. Raises CheckpointError, ConfigError or WeightsError, each with all its
+    problems.
+    """
+    from torch_impl.models import build
+    from torch_impl.pickled import open_pickled
+    from twinformer import pretrained
+
+    place = Path(directory)
+    if not pretrained.is_published(place):
+        return load(place, dtype=dtype, device=device, finite=True)
+    with pretrained.open(place, open_pickled=open_pickled) as opened:
+        with torch.device("meta"):
+            model = build(opened.config if dtype is None else opened.config.with_dtype(dtype), seed=None)
+        owners = {
+            f"{prefix}.{name}".removeprefix("."): (owner, name)
+            for prefix, owner in model.named_modules()
+            for name in owner._parameters
+        }
+        for path, array in opened.leaves():
+            owner, name = owners[path]
+            held = owner._parameters[name]
+            assert held is not None
+            assert held.shape == array.shape
+            owner._parameters[name] = nn.Parameter(
+                _tensor(array, copy=False).to(device=device or "cpu", dtype=held.dtype)
+            )
+    return model
 
 
 def save(model: nn.Module, directory: str | PathLike[str]) -> None:

@@ -12,20 +12,62 @@ not fit is one error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from twinformer.checkpoint import CONFIG_FILE
 from twinformer.config import ModelConfig
 from twinformer.errors import CheckpointError, ConfigError
-from twinformer.pretrained import bert, files, published
+from twinformer.pretrained import (
+    bert,
+    files,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    phi3,
+    published,
+    qwen2,
+    qwen3,
+)
 from twinformer.pretrained.family import Array, Family
 from twinformer.pretrained.pooling import Pooling
-from twinformer.pretrained.published import Pretrained, Published
+from twinformer.pretrained.published import Opened, Opener, Pretrained, Published
 
-__all__ = ["FAMILIES", "Pooling", "Pretrained", "Published", "is_published", "read", "to_published", "write"]
+__all__ = [
+    "FAMILIES",
+    "Opened",
+    "Opener",
+    "Pooling",
+    "Pretrained",
+    "Published",
+    "is_published",
+    "open",
+    "read",
+    "to_published",
+    "write",
+]
 
 #: every family by the ``model_type`` of its config.json
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (bert.FAMILY,)}
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        # encoders
+        bert,
+        # decoders
+        gpt2,
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        gemma,
+        gemma2,
+        gemma3,
+        phi3,
+    )
+}
 
 
 def is_published(directory: str | Path) -> bool:
@@ -36,14 +78,23 @@ def is_published(directory: str | Path) -> bool:
         return False
 
 
-def read(directory: str | Path) -> Pretrained:
-    """A published model directory in our terms.
+def open(directory: str | Path, *, open_pickled: Opener | None = None) -> AbstractContextManager[Opened]:
+    """A published model directory in our terms, its values still in the file, to be read leaf by leaf.
+
+    Raises what ``read`` raises, values that are not finite at the end of ``leaves()``.
+    """
+    return published.open_directory(Path(directory), FAMILIES, open_pickled)
+
+
+def read(directory: str | Path, *, open_pickled: Opener | None = None) -> Pretrained:
+    """A published model directory in our terms. ``open_pickled`` (``torch_impl.pickled``) opens weights that are
+    there as pickles only.
 
     Raises CheckpointError for files that are absent or do not read, ConfigError for a family or a setting that is not
     supported (before any weight is read), WeightsError for tensors that are missing, unexpected, mis-shaped, not of a
     float dtype or not finite. Each names all its problems at once.
     """
-    return published.read_directory(Path(directory), FAMILIES)
+    return published.read_directory(Path(directory), FAMILIES, open_pickled)
 
 
 def to_published(config: ModelConfig, tensors: Mapping[str, Array], *, family: str) -> Published:

@@ -6,6 +6,7 @@ field of the configuration and every tensor of the file is used, declared to pla
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twinformer.config import ModelConfig
+from twinformer.config import Head, ModelConfig
 from twinformer.errors import Problems, WeightsError
 from twinformer.parameters import model_parameters
 
@@ -24,7 +25,7 @@ Shape = tuple[int, ...]
 # fields that any family's config.json may hold and that change no hidden state: bookkeeping of the library that wrote
 # it, ids that only a tokenizer or a decoder needs, labels of heads, what is returned, how memory is saved
 _BOOKKEEPING_FIELDS = """
-_attn_implementation_autoset _name_or_path _num_labels architectures bos_token_id chunk_size_feed_forward
+_attn_implementation_autoset _name_or_path _num_labels architectures auto_map bos_token_id chunk_size_feed_forward
 classifier_dropout cross_attention_hidden_size dtype eos_token_id finetuning_task gradient_checkpointing id2label
 label2id language max_length model_type name num_labels output_attentions output_hidden_states pad_token_id prefix
 problem_type return_dict sep_token_id task_specific_params tokenizer_class torch_dtype torchscript
@@ -34,22 +35,32 @@ BOOKKEEPING = frozenset(_BOOKKEEPING_FIELDS.split())
 
 #: stands for the default of a field that has none
 REQUIRED: Any = object()
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list: "a list"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 
 @dataclass(frozen=True)
 class Field:
     """One field of a published ``config.json`` on which the mathematics depends.
 
-    ``kind`` is int, float, bool, str or list. ``default`` is what the format means where the field is absent; without
-    one the field must be there. ``minimum`` is the least value, ``allowed`` lists the only ones that are supported
-    (of any kind).
+    ``kind`` is int, float, bool, str, list or dict. ``default`` is what the format means where the field is absent;
+    without one the field must be there. ``minimum`` is the least value, ``allowed`` lists the only ones that are
+    supported (of any kind). ``nullable``: null is a value too. ``check`` says what is wrong with a value of the right
+    kind, without the field's name, or None.
     """
 
     kind: type
     default: Any = REQUIRED
     allowed: tuple[Any, ...] | None = None
     minimum: float | None = None
+    nullable: bool = False
+    check: Callable[[Any], str | None] | None = None
 
     @property
     def required(self) -> bool:
@@ -62,13 +73,17 @@ class Field:
             if any(type(value) is type(option) and value == option for option in self.allowed):
                 return None
             return f"{name}: expected {one_of(self.allowed)}, got {value!r}"
+        if value is None and self.nullable:
+            return None
         kinds: tuple[type, ...] = (int, float) if self.kind is float else (self.kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
-            return f"{name}: expected {_KINDS[self.kind]}, got {value!r}"
+            return f"{name}: expected {_KINDS[self.kind]}{' or null' if self.nullable else ''}, got {value!r}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"{name}: expected a finite number, got {value!r}"
         if isinstance(value, (int, float)) and self.minimum is not None and value < self.minimum:
             return f"{name}: expected at least {self.minimum}, got {value!r}"
+        if self.check is not None and (wrong := self.check(value)) is not None:
+            return f"{name}: {wrong}"
         return None
 
 
@@ -119,17 +134,23 @@ class Name:
     """A published tensor and the leaf, or leaves, of ours that it holds.
 
     ``{layer}`` stands for every block of the stack (of the decoder where there are two), ``{encoder_layer}``
-    for every block of the encoder. The name applies to a model whose configuration calls for its leaves.
+    for every block of the encoder. The name applies to a model whose configuration calls for its leaves and, where
+    ``heads`` names some, whose head is one of them. ``beside``: it stands beside the body, not within it, and never has
+    the body's prefix.
     """
 
     published: str
     ours: str | tuple[str, ...]
     layout: Layout = AS_STORED
+    heads: tuple[Head, ...] = ()
+    beside: bool = False
 
     def expanded(self, config: ModelConfig) -> Iterator[Name]:
+        if self.heads and config.head not in self.heads:
+            return
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours
         for published, *paths in _each_layer((self.published, *ours), config):
-            yield Name(published, tuple(paths), self.layout)
+            yield dataclasses.replace(self, published=published, ours=tuple(paths))
 
 
 @dataclass(frozen=True)
@@ -150,6 +171,8 @@ class Family:
     names: tuple[Name, ...]
     #: what may stand before every name, where the model is saved within another
     prefixes: tuple[str, ...] = ()
+    #: what we write before the names of the body where the model has a head beside it
+    body_prefix: str = ""
     #: endings of older files and what they are called now
     old_endings: Mapping[str, str] = field(default_factory=dict)
     #: buffers that hold 0, 1, 2 … and are no weights
@@ -158,6 +181,8 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     #: beginnings of names of parts that the published model has and ours leaves out; ``{layer}`` as in names
     left_out: tuple[str, ...] = ()
+    #: those of them whose values follow from the configuration, by the ending of their names
+    buffers: Mapping[str, Callable[[ModelConfig], Array]] = field(default_factory=dict)
 
     def expected(self, config: ModelConfig) -> dict[str, Name]:
         """Every published tensor that a model of this configuration has, by name.
@@ -182,6 +207,10 @@ class Family:
             problems.expect(path in held, f"{path}: expected a published name, got none")
         problems.raise_if_any()
         return found
+
+    def written(self, name: Name, config: ModelConfig) -> str:
+        """The name that we write: within the body's prefix where there is a head beside the body."""
+        return name.published if name.beside or config.head == "none" else self.body_prefix + name.published
 
     def leaves_out(self, config: ModelConfig) -> tuple[str, ...]:
         """The beginnings of the names that a model of this configuration leaves out."""

@@ -1,19 +1,22 @@
 """The files of a published directory: JSON, and safetensors whole or in shards. Nothing from disk is run.
 
-Tensors are memory-mapped and known by their headers first, so that names, dtypes and shapes are judged before any
-value is read. Pickle is never read.
+Tensors are known by their headers first, so that names, dtypes and shapes are judged before any value is read, and are
+read one at a time. Pickles are for ``torch_impl.pickled``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
-import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16 by name, which safetensors asks for)
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from twinformer.checkpoint import WEIGHTS_FILE, read_text
@@ -26,6 +29,16 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msg
 
 #: the dtypes that weights may be stored in, by their names in a safetensors header
 FLOAT_DTYPES: dict[str, DType] = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NUMPY: dict[str, npt.DTypeLike] = {
+    **FLOAT_DTYPES,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 def read_json(file: Path) -> Any:
@@ -59,7 +72,7 @@ class Stored:
 
 @contextlib.contextmanager
 def open_tensors(directory: Path) -> Iterator[dict[str, Stored]]:
-    """The tensors of a published directory, by name, memory-mapped: ``model.safetensors`` or the shards of its index.
+    """The tensors of a published directory, by name, unread: ``model.safetensors`` or the shards of its index.
 
     Raises CheckpointError for files that are absent, truncated or not safetensors, and for an index that is at odds
     with its shards.
@@ -69,7 +82,7 @@ def open_tensors(directory: Path) -> Iterator[dict[str, Stored]]:
         files = [WEIGHTS_FILE]
         if not (directory / WEIGHTS_FILE).is_file():
             present = [name for name in _PICKLES if (directory / name).exists()]
-            got = f"only {', '.join(present)}, which are not read" if present else "nothing by these names"
+            got = f"only {', '.join(present)}, which take PyTorch to read" if present else "nothing by these names"
             raise CheckpointError(str(directory), [f"expected {WEIGHTS_FILE} or {INDEX_FILE}, got {got}"])
     else:
         index = _read_index(directory / INDEX_FILE)
@@ -97,20 +110,41 @@ def _open_file(file: Path, stack: contextlib.ExitStack, problems: Problems) -> d
         problems.add(f"{file.name}: expected a safetensors file, got nothing by that name")
         return {}
     try:
-        handle = stack.enter_context(safe_open(file, framework="numpy"))
-        found = {}
-        for tensor in handle.keys():  # noqa: SIM118 (not a mapping)
-            header = handle.get_slice(tensor)
-
-            def read(handle: Any = handle, tensor: str = tensor) -> Array:
-                array: Array = handle.get_tensor(tensor)
-                return array
-
-            found[tensor] = Stored(str(header.get_dtype()), tuple(header.get_shape()), read)
-        return found
+        with safe_open(file, framework="numpy") as handle:  # judges the header as a whole
+            headers = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+            kinds = {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in headers.items()}
+        # read without mapping: what was mapped counts as memory of the process until the file is closed
+        source = stack.enter_context(file.open("rb"))
+        (length,) = struct.unpack("<Q", source.read(8))
+        places = {
+            name: entry["data_offsets"] for name, entry in json.loads(source.read(length)).items() if name in kinds
+        }
+        return {
+            name: Stored(dtype, shape, _reader(source, name, dtype, shape, 8 + length + places[name][0]))
+            for name, (dtype, shape) in kinds.items()
+        }
     except (SafetensorError, OSError) as error:
         problems.add(f"{file.name}: expected a whole safetensors file, got one that does not read: {error}")
         return {}
+
+
+def _reader(source: BinaryIO, name: str, dtype: str, shape: Shape, start: int) -> Callable[[], Array]:
+    def read() -> Array:
+        if dtype not in _NUMPY:
+            raise CheckpointError(name, [f"expected a dtype of {', '.join(_NUMPY)}, got {dtype}"])
+        array: Array = np.empty(shape, _NUMPY[dtype])
+        source.seek(start)
+        view = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        if source.readinto(view) != len(view):  # type: ignore[attr-defined]
+            raise CheckpointError(name, [f"expected {len(view)} bytes, got a file that ends before"])
+        return array
+
+    return read
+
+
+def has_safetensors(directory: Path) -> bool:
+    """Whether weights are there in that format, whole or in shards."""
+    return any((directory / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
 def _read_index(file: Path) -> dict[str, str]:

@@ -6,9 +6,11 @@ shards, as the ``transformers`` library writes them. What differs between famili
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from twinformer.config import DType, ModelConfig
 from twinformer.errors import CheckpointError, ConfigError, Problems, TwinformerError, WeightsError
 from twinformer.parameters import model_parameters
 from twinformer.pretrained.family import BOOKKEEPING, REQUIRED, Array, Family, Name, Shape, one_of
-from twinformer.pretrained.files import FLOAT_DTYPES, Stored, open_tensors, read_json_object
+from twinformer.pretrained.files import FLOAT_DTYPES, Stored, has_safetensors, open_tensors, read_json_object
 from twinformer.pretrained.pooling import Pooling, read_pooling
 
+_PIECE = 2**22
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
@@ -59,8 +62,48 @@ class Published:
 # ---- reading
 
 
-def read_directory(directory: Path, families: Mapping[str, Family]) -> Pretrained:
+@dataclass(frozen=True)
+class Opened:
+    """A published model whose headers were judged and whose values are still in the file.
+
+    ``leaves()`` gives every leaf by our path, one after the other, in the order of the model: no more than one
+    published tensor is held at a time. It raises WeightsError at its end where values are wrong.
+    """
+
+    family: str
+    config: ModelConfig
+    left_out: tuple[str, ...]
+    unknown_fields: tuple[str, ...]
+    tokenizer: Path | None
+    pooling: Pooling | None
+    leaves: Callable[[], Iterator[tuple[str, Array]]]
+
+
+#: opens the tensors of a directory that has no safetensors: pickles, which take PyTorch to read
+Opener = Callable[[Path], AbstractContextManager[dict[str, Stored]]]
+
+
+def read_directory(directory: Path, families: Mapping[str, Family], open_pickled: Opener | None = None) -> Pretrained:
     """A published model directory in our terms: what ``twinformer.pretrained.read`` gives."""
+    with open_directory(directory, families, open_pickled) as opened:
+        tensors = dict(opened.leaves())
+        paths = model_parameters(opened.config)
+        return Pretrained(
+            family=opened.family,
+            config=opened.config,
+            tensors={path: tensors[path] for path in paths},
+            left_out=opened.left_out,
+            unknown_fields=opened.unknown_fields,
+            tokenizer=opened.tokenizer,
+            pooling=opened.pooling,
+        )
+
+
+@contextlib.contextmanager
+def open_directory(
+    directory: Path, families: Mapping[str, Family], open_pickled: Opener | None = None
+) -> Iterator[Opened]:
+    """A published model directory with its values unread: what ``twinformer.pretrained.open`` gives."""
     file = directory / CONFIG_FILE
     values = read_json_object(file)
     model_type = values.get("model_type")
@@ -69,17 +112,19 @@ def read_directory(directory: Path, families: Mapping[str, Family]) -> Pretraine
     family = families[model_type]
     config, unknown = translate(family, values, str(file))
     pooling = read_pooling(directory, config.model_dim)
-    with open_tensors(directory) as stored:
-        tensors, left_out = to_ours(family, config, stored, str(directory))
-    return Pretrained(
-        family=model_type,
-        config=config.with_dtype(stored_dtype(tensors)),
-        tensors=tensors,
-        left_out=tuple(left_out),
-        unknown_fields=tuple(unknown),
-        tokenizer=directory if any((directory / name).is_file() for name in _TOKENIZER_FILES) else None,
-        pooling=pooling,
-    )
+    reader = open_tensors if has_safetensors(directory) or open_pickled is None else open_pickled
+    with reader(directory) as stored:
+        plan = _plan(family, config, stored, str(directory))
+        kept = {FLOAT_DTYPES[stored[plan.spelled[name]].dtype] for name in plan.expected}
+        yield Opened(
+            family=model_type,
+            config=config.with_dtype(_common_dtype(kept)),
+            left_out=tuple(plan.left_out),
+            unknown_fields=tuple(unknown),
+            tokenizer=directory if any((directory / name).is_file() for name in _TOKENIZER_FILES) else None,
+            pooling=pooling,
+            leaves=lambda: _leaves(family, config, stored, plan, str(directory)),
+        )
 
 
 def translate(family: Family, values: Mapping[str, Any], subject: str = CONFIG_FILE) -> tuple[ModelConfig, list[str]]:
@@ -112,9 +157,24 @@ def to_ours(
 ) -> tuple[dict[str, Array], list[str]]:
     """Every leaf of the model by our path, and the names of the tensors that are left out.
 
-    Raises one WeightsError naming every tensor that is missing, unexpected, mis-shaped, not of a float dtype or not
-    finite. The values of a tensor are read where its header is right.
+    Raises one WeightsError naming every tensor that is missing, unexpected, mis-shaped or not of a float dtype, before
+    any value is read, or every one that is not finite.
     """
+    plan = _plan(family, config, tensors, subject)
+    ours = dict(_leaves(family, config, tensors, plan, subject))
+    return {path: ours[path] for path in model_parameters(config)}, plan.left_out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which tensor of the file holds which leaves: headers were judged, values not."""
+
+    expected: dict[str, Name]
+    spelled: dict[str, str]
+    left_out: list[str]
+
+
+def _plan(family: Family, config: ModelConfig, tensors: Mapping[str, Stored], subject: str) -> _Plan:
     problems = Problems(subject, WeightsError)
     blocks = config.num_layers + config.num_encoder_layers
     if blocks > len(tensors):  # before a table of that many blocks is made
@@ -122,24 +182,58 @@ def to_ours(
     expected = family.expected(config)
     spelled, left_out = _match(family, expected, family.leaves_out(config), tensors, problems)
     leaves = model_parameters(config)
-    read: dict[str, Array] = {}
-    ours: dict[str, Array] = {}
     for name, entry in expected.items():
-        shapes = [leaves[path].shape for path in entry.ours]
-        if name not in spelled:
-            continue
-        stored = tensors[spelled[name]]
-        if _check_header(spelled[name], stored, entry.layout.shape(shapes), problems):
-            array = read[name] = stored.read()
-            wrong = int(array.size - np.isfinite(array).sum())
-            problems.expect(
-                wrong == 0, f"{spelled[name]}: expected finite values, got {wrong} of {array.size} that are not"
-            )
-            for path, leaf in zip(entry.ours, entry.layout.unpack(array, shapes), strict=True):
-                ours[path] = np.ascontiguousarray(leaf)
-    _check_extras(family, spelled, tensors, read, problems)
+        if name in spelled:
+            shapes = [leaves[path].shape for path in entry.ours]
+            if not _check_header(spelled[name], tensors[spelled[name]], entry.layout.shape(shapes), problems):
+                del spelled[name]
+    plan = _Plan(expected, spelled, sorted(left_out))
+    if problems.found:  # the values that are there can be wrong too: say so in the same breath
+        for _ in _values(family, config, tensors, plan, problems):
+            pass
+        problems.raise_if_any()
+    return plan
+
+
+def _leaves(
+    family: Family, config: ModelConfig, tensors: Mapping[str, Stored], plan: _Plan, subject: str
+) -> Iterator[tuple[str, Array]]:
+    """Every leaf, tensor by tensor; at the end one WeightsError for all values that are wrong."""
+    problems = Problems(subject, WeightsError)
+    yield from _values(family, config, tensors, plan, problems)
     problems.raise_if_any()
-    return {path: ours[path] for path in leaves}, sorted(left_out)
+
+
+def _values(
+    family: Family, config: ModelConfig, tensors: Mapping[str, Stored], plan: _Plan, problems: Problems
+) -> Iterator[tuple[str, Array]]:
+    leaves = model_parameters(config)
+    # of what a copy will be compared with; where the copy is a weight of its own nothing is
+    copied = {source for copy, source in family.copies.items() if copy in plan.spelled and copy not in plan.expected}
+    kept: dict[str, Array] = {}
+    for name, entry in plan.expected.items():
+        if name not in plan.spelled:
+            continue
+        shapes = [leaves[path].shape for path in entry.ours]
+        array = tensors[plan.spelled[name]].read()
+        wrong = _not_finite(array)
+        problems.expect(
+            wrong == 0, f"{plan.spelled[name]}: expected finite values, got {wrong} of {array.size} that are not"
+        )
+        if name in copied:
+            kept[name] = array
+        parts = entry.layout.unpack(array, shapes)[::-1]
+        del array  # held by whoever takes the leaf, and by nobody else
+        for path in entry.ours:
+            yield path, np.ascontiguousarray(parts.pop())
+    _check_extras(family, plan.expected, plan.spelled, tensors, kept, problems)
+    _check_buffers(family, config, plan.left_out, tensors, problems)
+
+
+def _not_finite(array: Array) -> int:
+    """How many values are not finite, looked at in pieces: the flags of a large tensor are large too."""
+    flat = array.reshape(-1)
+    return sum(int((~np.isfinite(flat[i : i + _PIECE])).sum()) for i in range(0, flat.size, _PIECE))
 
 
 def _match(
@@ -177,12 +271,13 @@ def _check_header(name: str, stored: Stored, shape: Shape, problems: Problems) -
 
 def _check_extras(
     family: Family,
+    expected: Mapping[str, Name],
     spelled: Mapping[str, str],
     tensors: Mapping[str, Stored],
     read: Mapping[str, Array],
     problems: Problems,
 ) -> None:
-    """Buffers count from 0, and copies repeat what they are copies of."""
+    """Buffers count from 0, and copies (unless the model has them as weights) repeat what they are copies of."""
     for name in family.counting_buffers:
         if name in spelled:
             stored = tensors[spelled[name]]
@@ -192,7 +287,7 @@ def _check_extras(
                 f"{spelled[name]}: expected whole numbers counted from 0, got others ({stored.dtype})",
             )
     for name, source in family.copies.items():
-        if name in spelled and source in read:
+        if name in spelled and name not in expected and source in read:
             stored, wanted = tensors[spelled[name]], read[source]
             same = stored.dtype == tensors[spelled[source]].dtype and stored.shape == wanted.shape
             problems.expect(
@@ -201,9 +296,40 @@ def _check_extras(
             )
 
 
+#: how far a buffer may be from what we compute: it was computed in float32 and perhaps stored in less
+_BUFFER_TOLERANCE = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 1e-2}
+
+
+def _check_buffers(
+    family: Family, config: ModelConfig, left_out: list[str], tensors: Mapping[str, Stored], problems: Problems
+) -> None:
+    """Buffers that are left out hold what the configuration says: else one of the two is another model's."""
+    for name in left_out:
+        for ending, values in family.buffers.items():
+            if not name.endswith(ending):
+                continue
+            stored, wanted = tensors[name], values(config)
+            tolerance = _BUFFER_TOLERANCE.get(stored.dtype)
+            if problems.expect(
+                tolerance is not None and stored.shape == wanted.shape,
+                f"{name}: expected a float dtype and shape {wanted.shape}, got {stored.dtype} and {stored.shape}",
+            ):
+                found = stored.read().astype(np.float64)
+                off = ~(np.abs(found - wanted) <= (tolerance or 0.0) * np.abs(wanted))
+                problems.expect(
+                    not off.any(),
+                    f"{name}: expected {wanted[off][:1]} at place {int(off.argmax())} by the configuration, "
+                    f"got {found[off][:1]}",
+                )
+
+
 def stored_dtype(tensors: Mapping[str, Array]) -> DType:
     """The narrowest float dtype that holds every one of these arrays without rounding."""
-    names = {str(array.dtype) for array in tensors.values()}
+    return _common_dtype({str(array.dtype) for array in tensors.values()})
+
+
+def _common_dtype(names: Collection[str]) -> DType:
+    names = set(names)
     if "float64" in names:
         return "float64"
     if names == {"bfloat16"}:
@@ -247,7 +373,7 @@ def to_published(family: Family, config: ModelConfig, tensors: Mapping[str, Arra
         problems.expect(
             len(kinds) == 1, f"{name}: expected one dtype for {', '.join(entry.ours)}, got {', '.join(sorted(kinds))}"
         )
-        published[name] = np.ascontiguousarray(entry.layout.pack(parts))
+        published[family.written(entry, config)] = np.ascontiguousarray(entry.layout.pack(parts))
     problems.raise_if_any()
     return Published(config=values | {"dtype": stored_dtype(published)}, tensors=published)
 
@@ -278,7 +404,17 @@ def _check_expressible(family: Family, config: ModelConfig, values: Mapping[str,
         raise ConfigError(subject, error.problems) from None
     problems = Problems(subject, ConfigError)
     for name in (f.name for f in dataclasses.fields(ModelConfig)):
-        able, have = getattr(back, name), getattr(config, name)
+        able, have = _meaning(back, name), _meaning(config, name)
         problems.expect(name in _NOT_PUBLISHED or able == have, f"{name}: expected {able!r}, got {have!r}")
     problems.expect(not unknown, f"expected fields that the family knows, got {', '.join(unknown)}")
     problems.raise_if_any()
+
+
+def _meaning(config: ModelConfig, name: str) -> Any:
+    """A choice, or what its None stands for."""
+    value = getattr(config, name)
+    if value is None and name == "embedding_dropout":
+        return config.dropout
+    if value is None and name == "attention_scale":
+        return config.key_dim**-0.5
+    return value

@@ -1,0 +1,100 @@
+"""Random published models of one family against ``transformers``, in float64, with every gradient.
+
+    python -m parity_tests.sweep_pretrained --family llama --cases 50
+
+Prints the largest error of each case and of all; ends with 1 where one is above the bound. Not part of the test
+suite: the tests hold a few cases of each family, this looks further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from parity_tests.helpers import FLAX, TORCH, Twin
+from parity_tests.published_decoders import KINDS, publish
+from parity_tests.published_draws import DRAWS
+from parity_tests.published_witness import examine, padded, theirs
+from twinformer import pretrained
+
+#: relative to the largest magnitude of a tensor; rounding in float64 stays some orders below, mistakes far above
+BOUND = 1e-11
+
+#: largest error by name, and what was run, as one line
+Finding = tuple[dict[str, float], str]
+#: family -> one random case: ``(rng, twins) -> finding``
+Examiner = Callable[[np.random.Generator, Sequence[Twin]], Finding]
+
+
+def decoder(family: str) -> Examiner:
+    """Random settings, class, length and padding of a decoder-only family; also there and back, bit for bit."""
+
+    kind = KINDS[family]
+
+    def one(rng: np.random.Generator, twins: Sequence[Twin]) -> Finding:
+        settings = DRAWS[family](rng)
+        class_name = kind.classes[0] if rng.random() < 0.6 else str(rng.choice(kind.classes))
+        model = kind.model(settings, int(rng.integers(1000)), class_name)
+        length = int(rng.integers(4, 40))
+        tokens, real = padded(int(rng.integers(1000)), model.config.vocab_size, length)
+        found: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as place:
+            directory = publish(model, Path(place) / "theirs", settings)
+            expected = theirs(model, tokens, real)
+            for twin in twins:
+                errors = examine(twin, directory, model, tokens, real, expected)
+                found |= {f"{twin.name}: {name}": error for name, error in errors.items()}
+            read = pretrained.read(directory)
+            pretrained.write(Path(place) / "back", read.config, read.tensors, family=read.family)
+            again = pretrained.read(Path(place) / "back")
+            assert again.config == read.config
+            assert all(again.tensors[path].tobytes() == read.tensors[path].tobytes() for path in read.tensors)
+        return found, f"{class_name} T={length} {json.dumps(settings)}"
+
+    return one
+
+
+EXAMINERS: dict[str, Examiner] = {family: decoder(family) for family in DRAWS}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--family", choices=sorted(EXAMINERS), action="append", help="may be repeated; default: all")
+    parser.add_argument("--cases", type=int, default=20, help="of each family")
+    parser.add_argument("--seed", type=int, default=0, help="of the first case; case i has seed + i")
+    parser.add_argument("--twins", choices=["torch", "flax", "both"], default="torch")
+    parser.add_argument("--verbose", action="store_true", help="one line for each case")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_enable_x64", True)
+    twins = {"torch": [TORCH], "flax": [FLAX], "both": [TORCH, FLAX]}[options.twins]
+    failed = 0
+    for family in options.family or sorted(EXAMINERS):
+        start, worst = time.perf_counter(), (0.0, "")
+        for case in range(options.seed, options.seed + options.cases):
+            errors, told = EXAMINERS[family](np.random.default_rng(case), twins)
+            name = max(errors, key=lambda key: errors[key])
+            worst = max(worst, (errors[name], name))
+            bad = not errors[name] <= BOUND
+            failed += bad
+            if bad or options.verbose:
+                _say(f"{family} seed {case}: {'FAILED, ' if bad else ''}{errors[name]:.2e} at {name}; {told}")
+        seconds = time.perf_counter() - start
+        _say(f"{family}: {options.cases} cases, largest error {worst[0]:.2e} at {worst[1]}, {seconds:.0f} s")
+    _say(f"{failed} failed")
+    return 1 if failed else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())
