@@ -23,8 +23,10 @@ from twinformer.commands.common import need as _need
 from twinformer.commands.common import out as _out
 from twinformer.commands.common import told_plainly as _told_plainly
 from twinformer.commands.common import write as _write
+from twinformer.commands.convert import convert
 from twinformer.commands.evaluate import evaluate
 from twinformer.commands.generate import generate
+from twinformer.commands.inspect import inspect
 from twinformer.commands.train import train
 from twinformer.errors import TwinformerError
 from twinformer.presets import PRESETS, preset
@@ -39,6 +41,8 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(train)
 app.command()(evaluate)
+app.command()(convert)
+app.command()(inspect)
 app.add_typer(bench.app, name="bench")
 
 
