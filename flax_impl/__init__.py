@@ -19,6 +19,7 @@ from flax_impl.dropout import Dropout, fold, philox, random_key, random_words
 from flax_impl.embeddings import Embeddings, TokenEmbedding, unembed
 from flax_impl.feedforward import FeedForward, activate
 from flax_impl.generation import Generator, score
+from flax_impl.heads import Head, pool
 from flax_impl.linear import Linear
 from flax_impl.lora import init_adapters, merge
 from flax_impl.losses import cross_entropy, mean_loss, next_tokens
@@ -68,6 +69,7 @@ __all__ = [
     "EncoderModel",
     "FeedForward",
     "Generator",
+    "Head",
     "LanguageModel",
     "LayerNorm",
     "LearnedPositions",
@@ -114,6 +116,7 @@ __all__ = [
     "next_tokens",
     "padding_mask",
     "philox",
+    "pool",
     "positions_from",
     "processors",
     "quarantine",

@@ -66,7 +66,7 @@ def beam_search(
     problems.raise_if_any()
     config = model.config
     count = config.context_length if slots is None else slots
-    room = config.context_length if _is_ring(config.window, count) else count
+    room = config.context_length if _is_ring(config, count) else count
     ask = _asked(
         "beam_search",
         config,
@@ -163,7 +163,7 @@ def _run(
 
 
 def _slots(model: Writer, needed: int) -> int:
-    window = model.config.window
+    window = model.config.ring_window
     return needed if window is None else min(needed, window)
 
 

@@ -23,23 +23,36 @@ from twinformer.config import StackConfig
 class Block(nnx.Module):
     """Residual branches around attention, cross-attention (if any) and feed-forward, in that order.
 
-    pre-norm: ``X + dropout(f(norm(X)))``; post-norm: ``norm(X + dropout(f(X)))``. ``X [B, T, D] -> [B, T, D]`` in
-    ``compute_dtype``; the arguments are those of ``AttentionLayer``. A block built with ``cross_attention`` needs
-    ``H_enc``. Raises InputError.
+    pre-norm: ``X + dropout(f(norm(X)))``; post-norm: ``norm(X + dropout(f(X)))``; sandwich: ``X + dropout(post_norm(f(
+    norm(X))))``. ``X [B, T, D] -> [B, T, D]`` in ``compute_dtype``; the arguments are those of ``AttentionLayer``. A
+    block built with ``cross_attention`` needs ``H_enc``. ``layer`` is its number in the stack: some blocks have the
+    window, and then perhaps a rotary base of their own. Raises InputError.
 
-    Source: book, "Transformer blocks"; pre-norm: Xiong et al. 2020, arXiv:2002.04745.
+    Source: book, "Transformer blocks"; pre-norm: Xiong et al. 2020, arXiv:2002.04745; sandwich: Gemma Team 2024,
+    arXiv:2408.00118.
     """
 
     def __init__(
-        self, config: StackConfig, *, causal: bool = False, cross_attention: bool = False, seed: int | None = 0
+        self,
+        config: StackConfig,
+        *,
+        causal: bool = False,
+        cross_attention: bool = False,
+        layer: int = 0,
+        seed: int | None = 0,
     ) -> None:
         check_dtypes("Block", param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
         self.config = config
-        self.attention_norm = make_norm(config.model_dim, config)
-        self.attention = _attention(config, causal=causal, window=config.window, rotary=_rotary(config))
-        self.cross_attention_norm = make_norm(config.model_dim, config) if cross_attention else None
+        D, is_sandwich = config.model_dim, config.norm_placement == "sandwich"
+        self.is_local = config.has_window(layer)
+        self.attention_norm = make_norm(D, config)
+        window = config.window if self.is_local else None
+        self.attention = _attention(config, causal=causal, window=window, rotary=_rotary(config, self.is_local))
+        self.attention_post_norm = make_norm(D, config) if is_sandwich else None
+        self.cross_attention_norm = make_norm(D, config) if cross_attention else None
         self.cross_attention = _attention(config) if cross_attention else None
-        self.feedforward_norm = make_norm(config.model_dim, config)
+        self.cross_attention_post_norm = make_norm(D, config) if is_sandwich and cross_attention else None
+        self.feedforward_norm = make_norm(D, config)
         self.feedforward = FeedForward(
             config.model_dim,
             config.hidden_dim,
@@ -51,6 +64,7 @@ class Block(nnx.Module):
             compute_dtype=config.compute_dtype,
             seed=None,
         )
+        self.feedforward_post_norm = make_norm(D, config) if is_sandwich else None
         self.dropout = Dropout(config.dropout)
         if seed is not None:
             initialize(self, seed)
@@ -86,6 +100,7 @@ class Block(nnx.Module):
             self.attention_norm,
             lambda X: self.attention(X, mask=mask, positions=positions, bias=bias, rng=rngs[0]),
             rngs[1],
+            self.attention_post_norm,
         )
         if (cross := self.cross_attention) is not None and self.cross_attention_norm is not None:
             X = self._branch(
@@ -93,8 +108,15 @@ class Block(nnx.Module):
                 self.cross_attention_norm,
                 lambda X: cross(X, H_enc, memory_mask=memory_mask, rng=rngs[2]),
                 rngs[3],
+                self.cross_attention_post_norm,
             )
-        return self._branch(X, self.feedforward_norm, lambda X: self.feedforward(X, rng=rngs[4]), rngs[5])
+        return self._branch(
+            X,
+            self.feedforward_norm,
+            lambda X: self.feedforward(X, rng=rngs[4]),
+            rngs[5],
+            self.feedforward_post_norm,
+        )
 
     def _step(
         self,
@@ -112,16 +134,21 @@ class Block(nnx.Module):
         def attention(X: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             new, seen = places.keep(kept, *self.attention.remember(X, positions=places.positions))
             written.update(new)
-            return self.attention.recall(X, *seen, positions=places.positions, bias=bias, allowed=places.allowed)
+            allowed = places.allowed if self.is_local else places.unbounded
+            return self.attention.recall(X, *seen, positions=places.positions, bias=bias, allowed=allowed)
 
-        X = self._branch(X, self.attention_norm, attention, None)
+        X = self._branch(X, self.attention_norm, attention, None, self.attention_post_norm)
         if (cross := self.cross_attention) is not None and self.cross_attention_norm is not None:
             assert memory is not None
             seen = (memory["keys"], memory["values"], memory["broken"])
             X = self._branch(
-                X, self.cross_attention_norm, lambda X: cross.recall(X, *seen, allowed=memory_allowed), None
+                X,
+                self.cross_attention_norm,
+                lambda X: cross.recall(X, *seen, allowed=memory_allowed),
+                None,
+                self.cross_attention_post_norm,
             )
-        return self._branch(X, self.feedforward_norm, self.feedforward, None), written
+        return self._branch(X, self.feedforward_norm, self.feedforward, None, self.feedforward_post_norm), written
 
     def _branch(
         self,
@@ -129,15 +156,19 @@ class Block(nnx.Module):
         norm: LayerNorm | RMSNorm,
         layer: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]],
         rng: Key | None,
+        post_norm: LayerNorm | RMSNorm | None,
     ) -> Float[Array, "B T D"]:
-        if self.config.norm_placement == "pre":
-            return X + self.dropout(layer(norm(X)), rng)
-        return norm(X + self.dropout(layer(X), rng))
+        if self.config.norm_placement == "post":
+            return norm(X + self.dropout(layer(X), rng))
+        Y = layer(norm(X))
+        return X + self.dropout(Y if post_norm is None else post_norm(Y), rng)
 
 
-def _rotary(config: StackConfig) -> RotaryEncoding | None:
+def _rotary(config: StackConfig, is_local: bool) -> RotaryEncoding | None:
     if config.positions != "rotary":
         return None
+    if is_local and config.window_rotary_base is not None:
+        return RotaryEncoding(config.rotary_dim, base=config.window_rotary_base, convention=config.rotary_convention)
     return RotaryEncoding(
         config.rotary_dim,
         base=config.rotary_base,

@@ -9,8 +9,8 @@ A cache is a plain nested mapping of arrays that goes in and comes out. With C s
     step      Int[]           positions seen so far, padding included
     memory    of an encoder-decoder: blocks by number (the same with S for C), and real Bool[B, S]
 
-Slot s holds the latest position with an index ``i ≡ s (mod C)``. With a window of at most C the slots are a ring, in
-which old positions make room; otherwise a cache is full after C positions.
+Slot s holds the latest position with an index ``i ≡ s (mod C)``. Where every block has a window of at most C the slots
+are a ring, in which old positions make room; otherwise a cache is full after C positions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flax_impl.linear import Outline, check_ids
 from twinformer.checks import check_activations, check_tokens
 from twinformer.config import ModelConfig
 from twinformer.decoding import check_cache
-from twinformer.errors import InputError, Problems
+from twinformer.errors import ConfigError, InputError, Problems
 
 if TYPE_CHECKING:
     from flax_impl.models import EncoderDecoder, LanguageModel
@@ -61,6 +61,9 @@ def init_cache(
         memory_padding_mask is None or H_enc is not None, "memory_padding_mask: expected None without H_enc, got a mask"
     )
     problems.raise_if_any()
+    if config.head not in ("tied", "untied"):
+        wanted = f"head: expected 'tied' or 'untied', got {config.head!r}: it predicts no tokens"
+        raise ConfigError("init_cache", [wanted])
     check_cache("init_cache", batch=batch, slots=slots, context_length=config.context_length)
     X = Outline((batch, 1, config.model_dim), config.compute_dtype)
     check_activations("init_cache", X=X, model_dim=config.model_dim, H_enc=H_enc, needs_memory=two, takes_memory=two)
@@ -138,7 +141,8 @@ class _Places:
     slots: _Slots
     positions: Int[Array, "B T"]
     key_positions: Int[Array, "B seen"]
-    allowed: Bool[Array, "B 1 T seen"]
+    allowed: Bool[Array, "B 1 T seen"]  # in a block with the window, if there is one
+    unbounded: Bool[Array, "B 1 T seen"]  # in a block without
 
     def keep(
         self,
@@ -159,17 +163,18 @@ def _open_cache(
     real: Bool[Array, "B T"],
     positions: Int[Array, "B T"],
     *,
-    window: int | None,
+    config: ModelConfig,
     fresh: bool = False,
 ) -> tuple[_Places, Cache]:
     """The places of T further positions, and the cache with all but its blocks brought up to date.
 
-    A query with index i sees the key with index j iff that was seen, ``j <= i``, ``j > i - window``, and it is real.
-    ``fresh``: the cache is known to be empty.
+    A query with index i sees the key with index j iff that was seen, ``j <= i``, it is real, and, in a block with a
+    window, ``j > i - window``. ``fresh``: the cache is known to be empty.
     """
+    window = config.window
     T, C = real.shape[1], cache["real"].shape[1]
     step = jnp.zeros((), jnp.int32) if fresh else cache["step"]
-    ring = _is_ring(window, C)
+    ring = _is_ring(config, C)
     overwrites = ring and window is not None and T > 1 and T + window - 1 > C
     slots = _Slots(step, C, ring, "new" if fresh else "both" if overwrites else "slots")
     query = step + jnp.arange(T, dtype=jnp.int32)
@@ -179,8 +184,9 @@ def _open_cache(
         key = query if fresh else jnp.concatenate([_indices(step, C), query])
     distance = key[None, :] - query[:, None]
     seen = (key >= 0) & (distance <= 0)
+    everything = seen
     if window is not None:
-        seen &= distance > -window
+        seen = seen & (distance > -window)
     all_real, real_keys = slots.put(cache["real"], real, 1)
     all_positions, key_positions = slots.put(cache["positions"], positions, 1)
     opened = {
@@ -190,7 +196,8 @@ def _open_cache(
         "counted": cache["counted"] + jnp.sum(real, axis=1, dtype=jnp.int32),
         "step": step + T,
     }
-    return _Places(slots, positions, key_positions, (seen & real_keys[:, None, :])[:, None]), opened
+    allowed, unbounded = ((kind & real_keys[:, None, :])[:, None] for kind in (seen, everything))
+    return _Places(slots, positions, key_positions, allowed, unbounded), opened
 
 
 def _core(buffer: Array) -> Array:
@@ -228,8 +235,9 @@ def _indices(step: Int[Array, ""], C: int) -> Int[Array, " {C}"]:
     return last - (last - jnp.arange(C, dtype=jnp.int32)) % C
 
 
-def _is_ring(window: int | None, slots: int) -> bool:
-    return window is not None and window <= slots
+def _is_ring(config: ModelConfig, slots: int) -> bool:
+    """Old positions make room for new ones: no block can see them any more."""
+    return config.ring_window is not None and config.ring_window <= slots
 
 
 def _empty_cache(

@@ -80,7 +80,7 @@ class Embeddings(nnx.Module):
         types = config.num_token_types
         self.token_types = TokenEmbedding(types, D, **dtypes, seed=None) if types else None
         self.norm = make_norm(D, config) if config.embedding_norm else None
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout if config.embedding_dropout is None else config.embedding_dropout)
         if seed is not None:
             initialize(self, seed)
 

@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Integer
 
 from flax_impl.cache import _empty_cache, _is_ring, _packed_cache, _unpacked_cache
+from flax_impl.heads import check_predicts_tokens
 from flax_impl.linear import extremes, wide_dtype
 from flax_impl.models import EncoderDecoder, LanguageModel
 from flax_impl.sampling import draw, greedy, processors, sequence_keys, uniforms
@@ -175,12 +176,12 @@ class Generator:
     def _room(self) -> int:
         """How many positions a prompt and what is written may take."""
         slots = self.config.context_length if self.slots is None else self.slots
-        return self.config.context_length if _is_ring(self.config.window, slots) else slots
+        return self.config.context_length if _is_ring(self.config, slots) else slots
 
     def _cache_slots(self) -> int:
         slots = self.config.context_length if self.slots is None else self.slots
-        window = self.config.window
-        if window is not None and _is_ring(window, slots):
+        window = self.config.ring_window
+        if window is not None and _is_ring(self.config, slots):
             return window  # older positions are not seen any more
         return slots + min(self.bucket, slots) - 1  # what rounding adds to the longest prompt is padding
 
@@ -362,6 +363,7 @@ def _check_writer(where: str, model: Any, slots: int | None = None, bucket: int 
     is_whole = isinstance(bucket, int) and not isinstance(bucket, bool) and bucket >= 1
     problems.expect(is_whole, f"bucket: expected a whole number from 1, got {bucket!r}")
     problems.raise_if_any()
+    check_predicts_tokens(where, model.config)
     if slots is not None:
         check_cache(where, batch=1, slots=slots, context_length=model.config.context_length)
 

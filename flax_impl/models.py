@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float, Integer
 from flax_impl import masks
 from flax_impl.cache import Cache, _is_ring, _open_cache
 from flax_impl.dropout import Key, fold_all
-from flax_impl.embeddings import Embeddings, Ids, _is_one_row, _unembed_row, unembed
+from flax_impl.embeddings import Embeddings, Ids
+from flax_impl.heads import Head, check_predicts_tokens
 from flax_impl.linear import Outline, bounds, check_dtypes, check_ids, extremes
 from flax_impl.positions import Positions
 from flax_impl.stack import TransformerStack
 from flax_impl.weights import initialize
 from twinformer.checks import check_activations, check_segments, check_tokens
-from twinformer.config import Architecture, DType, ModelConfig
+from twinformer.config import Architecture, ModelConfig
 from twinformer.decoding import check_step
 from twinformer.errors import ConfigError, InputError, Problems
 
@@ -28,18 +29,6 @@ Real = Bool[Array | np.ndarray, "B T"]
 SourceIds = Integer[Array | np.ndarray, "B S"]
 SourceReal = Bool[Array | np.ndarray, "B S"]
 SourcePositions = Integer[Array | np.ndarray, "#B S"]
-
-
-class Head(nnx.Module):
-    """What a head has of its own: the matrix ``[D, V]`` of an untied one, a bias, or both; ``unembed`` applies it."""
-
-    kind: ClassVar[Literal["linear"]] = "linear"
-
-    def __init__(
-        self, model_dim: int, vocab_size: int, *, weight: bool, bias: bool, param_dtype: DType = "float32"
-    ) -> None:
-        self.kernel = nnx.Param(jnp.zeros((model_dim, vocab_size), param_dtype)) if weight else None
-        self.bias = nnx.Param(jnp.zeros(vocab_size, param_dtype)) if bias else None
 
 
 class EncoderModel(nnx.Module):
@@ -70,13 +59,13 @@ class EncoderModel(nnx.Module):
         token_types: Ids | None = None,
         segments: Ids | None = None,
         rng: Key | None = None,
-    ) -> Float[Array, "B T out"]:
+    ) -> Float[Array, "..."]:
         self._check(tokens, padding_mask=padding_mask, positions=positions, token_types=token_types, segments=segments)
         mask, positions = _places(padding_mask, positions, segments)
-        rngs = fold_all(rng, 2)
+        rngs = fold_all(rng, 3)
         X = self.embedding(tokens, positions, token_types, rng=rngs[0])
         h = self.stack(X, mask=mask, positions=positions, rng=rngs[1])
-        return h if self.config.head == "none" else _logits(h, self.embedding, self.head, self.config)
+        return _headed(h, self.embedding, self.head, self.config, padding_mask, rngs[2])
 
     def _check(
         self,
@@ -90,11 +79,12 @@ class EncoderModel(nnx.Module):
     ) -> None:
         del rng
         _check_ids(self.config, "EncoderModel", "tokens", tokens, padding_mask, positions, token_types)
-        _check_documents("EncoderModel", tokens, segments, padding_mask)
+        _check_documents("EncoderModel", self.config, tokens, segments, padding_mask)
 
 
 class LanguageModel(nnx.Module):
-    """Every position sees itself and what came before: ``tokens [B, T]`` to logits ``[B, T, V]`` of the next token.
+    """Every position sees itself and what came before: ``tokens [B, T]`` to logits ``[B, T, V]`` of the next token, or
+    to what another head makes of the states.
 
     ``padding_mask``, positions and ``segments`` as in ``EncoderModel``. Raises ConfigError for another architecture,
     InputError.
@@ -119,13 +109,13 @@ class LanguageModel(nnx.Module):
         positions: Positions | None = None,
         segments: Ids | None = None,
         rng: Key | None = None,
-    ) -> Float[Array, "B T V"]:
+    ) -> Float[Array, "..."]:
         self._check(tokens, padding_mask=padding_mask, positions=positions, segments=segments)
         mask, positions = _places(padding_mask, positions, segments)
-        rngs = fold_all(rng, 2)
+        rngs = fold_all(rng, 3)
         X = self.embedding(tokens, positions, rng=rngs[0])
         h = self.stack(X, mask=mask, positions=positions, rng=rngs[1])
-        return _logits(h, self.embedding, self.head, self.config)
+        return _headed(h, self.embedding, self.head, self.config, padding_mask, rngs[2])
 
     def step(
         self,
@@ -162,7 +152,7 @@ class LanguageModel(nnx.Module):
     ) -> None:
         del rng
         _check_ids(self.config, "LanguageModel", "tokens", tokens, padding_mask, positions)
-        _check_documents("LanguageModel", tokens, segments, padding_mask)
+        _check_documents("LanguageModel", self.config, tokens, segments, padding_mask)
 
 
 class EncoderDecoder(nnx.Module):
@@ -336,12 +326,10 @@ def _expect_architecture(model: nnx.Module, config: ModelConfig, architecture: A
 
 
 def _head(config: ModelConfig) -> Head | None:
-    untied = config.head == "untied"
-    if not untied and not config.head_bias:
-        return None
-    return Head(
-        config.model_dim, config.vocab_size, weight=untied, bias=config.head_bias, param_dtype=config.param_dtype
-    )
+    """The head, if it owns anything."""
+    head = Head(config)
+    parts = (head.transform, head.norm, head.pooler, head.kernel, head.bias)
+    return None if all(part is None for part in parts) else head
 
 
 def _table(embedding: Embeddings) -> Float[Array, "V D"]:
@@ -349,15 +337,22 @@ def _table(embedding: Embeddings) -> Float[Array, "V D"]:
     return embedding.tokens.embedding[...]
 
 
+def _headed(
+    h: Float[Array, "B T D"],
+    tied: Embeddings,
+    head: Head | None,
+    config: ModelConfig,
+    real: Real | None = None,
+    rng: Key | None = None,
+) -> Float[Array, "..."]:
+    """What the head makes of the states; one that owns nothing is made on the spot."""
+    return (Head(config) if head is None else head)(h, _table(tied), real, rng)
+
+
 def _logits(
     h: Float[Array, "B T D"], tied: Embeddings, head: Head | None, config: ModelConfig
 ) -> Float[Array, "B T V"]:
-    bias = None if head is None or head.bias is None else head.bias[...]
-    choices: dict[str, Any] = {"scale": config.head_scale, "bias": bias, "softcap": config.head_softcap}
-    if head is None or head.kernel is None:
-        return unembed(h, _table(tied), **choices)
-    kernel = head.kernel[...]
-    return _unembed_row(h, kernel, **choices) if _is_one_row(h) else unembed(h, kernel.T, **choices)
+    return _headed(h, tied, head, config)
 
 
 def _places(
@@ -389,7 +384,7 @@ def _step(
     if positions is None:
         positions = jnp.maximum(cache["counted"][:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
     positions = jnp.broadcast_to(jnp.asarray(positions).astype(jnp.int32), shape)
-    places, opened = _open_cache(cache, real, positions, window=config.window, fresh=fresh)
+    places, opened = _open_cache(cache, real, positions, config=config, fresh=fresh)
     X = embedding(tokens, positions, table=None if owner is embedding else _table(owner))
     h, blocks = stack._step(X, opened, places)
     if at is not None:
@@ -413,7 +408,7 @@ def _with_room(
 def _room(config: ModelConfig, cache: Mapping[str, Any]) -> int:
     """How many positions a cache can see: as many as it has slots, or with a ring as the context has."""
     slots: int = cache["real"].shape[1]
-    return config.context_length if _is_ring(config.window, slots) else slots
+    return config.context_length if _is_ring(config, slots) else slots
 
 
 def _check_step(
@@ -426,6 +421,7 @@ def _check_step(
     positions: Any,
     at: Any,
 ) -> None:
+    check_predicts_tokens(where, config)
     _check_ids(config, where, name, tokens, padding_mask, positions)
     slots, step = cache["real"].shape[1], cache["step"]
     check_step(
@@ -434,7 +430,7 @@ def _check_step(
         batch=cache["real"].shape[0],
         # a step that is too long for an empty cache is too long at any time
         step=0 if isinstance(step, jax.core.Tracer) else int(step),
-        slots=None if _is_ring(config.window, slots) else slots,
+        slots=None if _is_ring(config, slots) else slots,
         context_length=config.context_length,
     )
     if at is not None:
@@ -445,8 +441,11 @@ def _check_step(
         check_ids(where, "at", at, tokens.shape[1])
 
 
-def _check_documents(where: str, tokens: Any, segments: Any, padding_mask: Any) -> None:
+def _check_documents(where: str, config: ModelConfig, tokens: Any, segments: Any, padding_mask: Any) -> None:
     if segments is not None:
+        if config.head in ("pooled", "sequence"):
+            wanted = f"segments: expected None with head={config.head!r} (one vector a row), got {segments.shape}"
+            raise InputError(where, [wanted])
         lowest, _ = extremes(segments)
         check_segments(where, tokens=tokens, segments=segments, padding_mask=padding_mask, lowest=lowest)
 

@@ -85,7 +85,10 @@ class TransformerStack(nnx.Module):
             else None
         )
         self.blocks = nnx.List(
-            [Block(config, causal=causal, cross_attention=cross_attention, seed=None) for _ in range(num_stack)]
+            [
+                Block(config, causal=causal, cross_attention=cross_attention, layer=layer, seed=None)
+                for layer in range(num_stack)
+            ]
         )
         self.final_norm = make_norm(config.model_dim, config) if config.final_norm else None
         if seed is not None:

@@ -57,7 +57,10 @@ class Trainer:
     def __init__(self, config: ModelConfig, training: TrainingConfig, *, compile: bool = False) -> None:
         del compile
         problems = Problems("Trainer", ConfigError)
-        problems.expect(config.head != "none", "head: expected 'tied' or 'untied', got 'none'")
+        problems.expect(
+            config.head in ("tied", "untied"),
+            f"head: expected 'tied' or 'untied', got {config.head!r}: it predicts no tokens",
+        )
         problems.raise_if_any()
         self.config, self.training = config, training
         self._optimizer = Optimizer(training.optimizer)

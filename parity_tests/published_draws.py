@@ -13,10 +13,11 @@ def _sizes(rng: np.random.Generator, whole: bool = False) -> Settings:
     """``whole``: the published class wants a width that its heads divide."""
     groups, per_group = int(rng.integers(1, 4)), int(rng.integers(1, 4))
     A = groups * per_group
-    D = A * int(rng.integers(1, 6)) if whole else int(rng.integers(3, 34))
+    # at least 4: a norm of two numbers leaves little but their signs, and rounding for a gradient
+    D = A * int(rng.integers(-(-4 // A), 7)) if whole else int(rng.integers(4, 34))
     return {
         **LLAMA,
-        "hidden_size": max(D, 2),
+        "hidden_size": D,
         "intermediate_size": int(rng.integers(1, 40)),
         "num_hidden_layers": int(rng.integers(1, 5)),
         "num_attention_heads": A,

@@ -101,6 +101,7 @@ CONTRACT = {
     "block": "Block",
     "stack": "TransformerStack",
     "embeddings": "TokenEmbedding Embeddings unembed",
+    "heads": "Head pool",
     "models": "EncoderModel LanguageModel EncoderDecoder build compiled",
     "weights": "load_weights export_weights initialize load from_pretrained save",
     "losses": "cross_entropy mean_loss next_tokens",

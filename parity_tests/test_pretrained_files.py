@@ -279,7 +279,7 @@ def test_a_dtype_that_numpy_lacks_is_named(tmp_path):
         pretrained.read(directory)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000, '{"a": ' + "1" * 5000 + "}"])
 def test_a_config_that_is_no_json_object_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match="expected"):

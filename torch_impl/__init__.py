@@ -27,6 +27,7 @@ from torch_impl.dropout import Dropout, fold, philox, random_key, random_words
 from torch_impl.embeddings import Embeddings, TokenEmbedding, unembed
 from torch_impl.feedforward import FeedForward, activate
 from torch_impl.generation import Generator, score
+from torch_impl.heads import Head, pool
 from torch_impl.linear import Linear
 from torch_impl.lora import init_adapters, merge
 from torch_impl.losses import cross_entropy, mean_loss, next_tokens
@@ -76,6 +77,7 @@ __all__ = [
     "EncoderModel",
     "FeedForward",
     "Generator",
+    "Head",
     "LanguageModel",
     "LayerNorm",
     "LearnedPositions",
@@ -122,6 +124,7 @@ __all__ = [
     "next_tokens",
     "padding_mask",
     "philox",
+    "pool",
     "positions_from",
     "processors",
     "quarantine",

@@ -23,20 +23,37 @@ class Block(nn.Module):
     """Three residual branches f, in the order attention, cross-attention, feed-forward.
 
     Pre-norm (book, chapter "Transformers", "Transformer Blocks"): ``X + dropout(f(norm(X)))``; post-norm (Vaswani et
-    al. 2017): ``norm(X + dropout(f(X)))``. A block built with ``cross_attention`` needs ``H_enc``. Arguments are
-    those of ``AttentionLayer``. Raises InputError for wrong shapes or dtypes.
+    al. 2017): ``norm(X + dropout(f(X)))``; sandwich (Gemma 2, arXiv:2408.00118): ``X + dropout(norm2(f(norm(X))))``.
+    ``layer``, its place in the stack, decides whether the block has the window, and with it a rotary base of its own.
+    A block built with ``cross_attention`` needs ``H_enc``. Arguments are those of ``AttentionLayer``. Raises InputError
+    for wrong shapes or dtypes.
     """
 
     def __init__(
-        self, config: StackConfig, *, causal: bool = False, cross_attention: bool = False, seed: int | None = 0
+        self,
+        config: StackConfig,
+        *,
+        causal: bool = False,
+        cross_attention: bool = False,
+        layer: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__()
         self.config = config
-        self.pre_norm = config.norm_placement == "pre"
+        self.norms_before = config.norm_placement != "post"
+        self.norms_after = config.norm_placement == "post"
+        self.has_window = config.has_window(layer)
         self.attention_norm = make_norm(config.model_dim, config)
-        self.attention = _attention(config, causal=causal, window=config.window, rotary=config.positions == "rotary")
+        self.attention = _attention(
+            config,
+            causal=causal,
+            window=config.window if self.has_window else None,
+            rotary=_rotary(config, self.has_window) if config.positions == "rotary" else None,
+        )
+        self.attention_post_norm = self._post_norm()
         self.cross_attention_norm = make_norm(config.model_dim, config) if cross_attention else None
         self.cross_attention = _attention(config) if cross_attention else None
+        self.cross_attention_post_norm = self._post_norm() if cross_attention else None
         self.feedforward_norm = make_norm(config.model_dim, config)
         self.feedforward = FeedForward(
             config.model_dim,
@@ -49,8 +66,14 @@ class Block(nn.Module):
             compute_dtype=config.compute_dtype,
             seed=None,
         )
+        self.feedforward_post_norm = self._post_norm()
         self.dropout = Dropout(config.dropout)
         initialize(self, seed)
+
+    def _post_norm(self) -> nn.Module | None:
+        """The norm of what a branch gives, in a sandwich."""
+        config = self.config
+        return make_norm(config.model_dim, config) if config.norm_placement == "sandwich" else None
 
     def forward(
         self,
@@ -104,7 +127,7 @@ class Block(nn.Module):
                 *caches._keep(kept, step, *self.attention.remember(Y, positions=step.positions)),
                 positions=step.positions,
                 bias=bias,
-                allowed=step.allowed,
+                allowed=step.allowed if self.has_window or step.unbounded is None else step.unbounded,
             ),
             None
             if crossing is None or memory is None
@@ -122,25 +145,30 @@ class Block(nn.Module):
         key: Sequence[Key | None],
     ) -> Float[Tensor, "B T D"]:
         """The three branches, one after the other."""
-        Y = attend(self._before(self.attention_norm, X))
+        Y = _through(self.attention_post_norm, attend(self._before(self.attention_norm, X)))
         X = self._after(self.attention_norm, X + self.dropout(Y, key[1]))
         if cross is not None and self.cross_attention_norm is not None:
-            Y = cross(self._before(self.cross_attention_norm, X))
+            Y = _through(self.cross_attention_post_norm, cross(self._before(self.cross_attention_norm, X)))
             X = self._after(self.cross_attention_norm, X + self.dropout(Y, key[3]))
         Y = self.feedforward(self._before(self.feedforward_norm, X), rng=key[4])
+        Y = _through(self.feedforward_post_norm, Y)
         return self._after(self.feedforward_norm, X + self.dropout(Y, key[5]))
 
     def _before(self, norm: nn.Module, X: Tensor) -> Tensor:
-        """What the branch is given: the normed X in a pre-norm block, else X."""
-        return norm(X) if self.pre_norm else X
+        """What the branch is given: the normed X, but for a post-norm block, whose X is normed."""
+        return norm(X) if self.norms_before else X
 
     def _after(self, norm: nn.Module, X: Tensor) -> Tensor:
-        """What the block goes on with: X in a pre-norm block, else the normed X."""
-        return X if self.pre_norm else norm(X)
+        """What the block goes on with: the normed X in a post-norm block, else X."""
+        return norm(X) if self.norms_after else X
+
+
+def _through(norm: nn.Module | None, Y: Tensor) -> Tensor:
+    return Y if norm is None else norm(Y)
 
 
 def _attention(
-    config: StackConfig, *, causal: bool = False, window: int | None = None, rotary: bool = False
+    config: StackConfig, *, causal: bool = False, window: int | None = None, rotary: RotaryEncoding | None = None
 ) -> AttentionLayer:
     query_norm, key_norm = make_head_norm(config), make_head_norm(config)
     return AttentionLayer(
@@ -155,7 +183,7 @@ def _attention(
         softcap=config.attention_softcap,
         query_norm=query_norm,
         key_norm=key_norm,
-        rotary=_rotary(config) if rotary else None,
+        rotary=rotary,
         causal=causal,
         window=window,
         dropout=config.attention_dropout,
@@ -165,7 +193,9 @@ def _attention(
     )
 
 
-def _rotary(config: StackConfig) -> RotaryEncoding:
+def _rotary(config: StackConfig, has_window: bool) -> RotaryEncoding:
+    if has_window and config.window_rotary_base is not None:
+        return RotaryEncoding(config.rotary_dim, base=config.window_rotary_base, convention=config.rotary_convention)
     return RotaryEncoding(
         config.rotary_dim,
         base=config.rotary_base,

@@ -9,9 +9,9 @@ A cache of C slots is a plain mapping:
     step      a 0-dimensional whole number: positions seen so far, padding included
     memory    of an encoder-decoder: its blocks (keys, values and broken of the source), and real Bool[B, S]
 
-Slot s holds the latest position whose index is ``s`` modulo C. Without a window a cache is full after C positions; with
-a window of at most C the slots are a ring. A query of index i sees a slot iff the slot's index j has been seen,
-``j <= i``, with a window w also ``j > i - w``, and a real token is there.
+Slot s holds the latest position whose index is ``s`` modulo C. A cache is full after C positions, unless every block
+has a window of at most C: then the slots are a ring. A query of index i sees a slot iff the slot's index j has been
+seen, ``j <= i``, in a block with a window w also ``j > i - w``, and a real token is there.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
+from torch_impl.heads import check_writes
 from torch_impl.linear import DTYPES
 from torch_impl.masks import padding_mask
 from torch_impl.positions import check_rows, extremes
@@ -55,6 +56,7 @@ def init_cache(
     )
     problems.raise_if_any()
     config: ModelConfig = model.config  # type: ignore[assignment]
+    check_writes("init_cache", config)
     check_cache("init_cache", batch=batch, slots=slots, context_length=config.context_length)
     _check_memory(config, batch, H_enc, memory_padding_mask)
     return _empty_cache(model, batch, slots, H_enc, memory_padding_mask)
@@ -93,6 +95,7 @@ class _Step(NamedTuple):
     positions: Integer[Tensor, "#B T"]  # of the new tokens
     key_positions: Integer[Tensor, "#B S"]
     allowed: Bool[Tensor, "B 1 T S"]
+    unbounded: Bool[Tensor, "B 1 T S"] | None  # of blocks without the window, where only some have it
     slots: Int[Tensor, " R"]  # where the last R of the new tokens are kept
     used: int  # the slots that are looked at, from the first on
     older_first: bool  # look at what the slots hold and at the new tokens, before these take the place of old ones
@@ -151,7 +154,6 @@ def _begin(
     """
     device = cache["real"].device
     B, C = cache["real"].shape
-    window = config.window
     new = torch.arange(T, device=device)
     if positions is None:
         counted = cache["counted"][:, None]
@@ -182,8 +184,9 @@ def _begin(
     sees = held <= index[:, None]
     if ring:
         sees = sees & (held >= 0)
-    if window is not None:
-        sees = sees & (held > index[:, None] - window)
+    unbounded = sees & padding_mask(seen_real) if config.window_layers is not None else None
+    if config.window is not None:
+        sees = sees & (held > index[:, None] - config.window)
     cache["counted"] += real.sum(-1)
     cache["step"] += T
     memory = cache.get("memory")
@@ -191,6 +194,7 @@ def _begin(
         positions=positions,
         key_positions=key_positions,
         allowed=sees & padding_mask(seen_real),
+        unbounded=unbounded,
         slots=slots,
         used=len(held),
         older_first=older_first,
@@ -233,7 +237,7 @@ def _reorder_within(cache: Cache, rows: Int[Tensor, " B"], end: int, *, memory: 
 
 def _is_ring(config: ModelConfig, slots: int) -> bool:
     """Old positions make room for new ones."""
-    return config.window is not None and config.window <= slots
+    return config.ring_window is not None and config.ring_window <= slots
 
 
 def _room(config: ModelConfig, slots: int) -> int | None:

@@ -59,7 +59,7 @@ class Embeddings(nn.Module):
         self.positions = self._positions()
         self.token_types = self._table(config.num_token_types)
         self.norm = make_norm(config.model_dim, config) if config.embedding_norm else None
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout if config.embedding_dropout is None else config.embedding_dropout)
         initialize(self, seed)
 
     def _table(self, rows: int) -> TokenEmbedding | None:

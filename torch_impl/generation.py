@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_impl import cache as caches
 from torch_impl.cache import Cache
+from torch_impl.heads import check_writes
 from torch_impl.linear import wide_dtype
 from torch_impl.models import EncoderDecoder, LanguageModel
 from torch_impl.positions import extremes
@@ -262,6 +263,7 @@ class _Runner:
         if not isinstance(given, (LanguageModel, EncoderDecoder)):
             wanted = f"model: expected a LanguageModel or an EncoderDecoder, got {type(given).__name__}"
             raise InputError(where, [wanted])
+        check_writes(where, model.config)
         N = model.config.context_length
         self.where, self.model, self.bucket = where, model, bucket
         self.slots = N if slots is None else slots
@@ -350,8 +352,8 @@ class _Runner:
         slots = self.slots + self.bucket - 1
         if not self.compile:
             slots = min(slots, caches._round_up(task.prompts.shape[1] + max_new_tokens, caches._BLOCK))
-        if config.window is not None:
-            slots = min(slots, config.window)  # a ring
+        if config.ring_window is not None:
+            slots = min(slots, config.ring_window)
         H_enc = source_real = None
         if task.source is not None and task.source_real is not None:
             source_real = torch.from_numpy(task.source_real).to(self.device)

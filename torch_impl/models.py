@@ -13,27 +13,15 @@ from torch_impl import cache as caches
 from torch_impl import masks
 from torch_impl.cache import Cache
 from torch_impl.dropout import Key, places
-from torch_impl.embeddings import Embeddings, check_ids, unembed
-from torch_impl.linear import DTYPES, new_parameter
+from torch_impl.embeddings import Embeddings, check_ids
+from torch_impl.heads import Head, check_writes
+from torch_impl.linear import DTYPES
 from torch_impl.positions import extremes
 from torch_impl.stack import TransformerStack
 from torch_impl.weights import initialize
 from twinformer.checks import check_segments, dtype_name
 from twinformer.config import Architecture, ModelConfig
 from twinformer.errors import ConfigError, InputError, Problems
-
-
-class Head(nn.Module):
-    """What the head owns: a matrix of its own when it is untied, a bias when it has one. ``unembed`` does the rest."""
-
-    kind = "linear"
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        V, D, dtype = config.vocab_size, config.model_dim, config.param_dtype
-        self.weight = new_parameter(V, D, dtype=dtype) if config.head == "untied" else None
-        self.bias = new_parameter(V, dtype=dtype) if config.head_bias else None
 
 
 class _Model(nn.Module):
@@ -51,15 +39,17 @@ class _Model(nn.Module):
 
     def _finish(self, seed: int | None) -> None:
         """The head, last in the order of parameters, and then the weights."""
-        owns = self.config.head == "untied" or self.config.head_bias
-        self.head = Head(self.config) if owns else None
+        head = Head(self.config)
+        self.head = head if any(True for _ in head.parameters()) else None
+        # not a part of the tree where it owns nothing
+        self._made = (head,)
         initialize(self, seed, config=self.config)
 
-    def _logits(self, h: Tensor, table: Tensor) -> Tensor:
-        config = self.config
-        E = table if self.head is None or self.head.weight is None else self.head.weight
-        bias = None if self.head is None else self.head.bias
-        return unembed(h, E, scale=config.head_scale, bias=bias, softcap=config.head_softcap)
+    def _logits(self, h: Tensor, table: Tensor, real: Tensor | None = None, rng: Tensor | None = None) -> Tensor:
+        """What the head makes of h; logits, where it predicts tokens."""
+        head = self._made[0] if self.head is None else self.head
+        found: Tensor = head(h, table, real, rng)
+        return found
 
     def _check(self, *args: Any, **kwargs: Any) -> None:
         """Raise InputError for wrong arguments of ``forward``."""
@@ -87,6 +77,11 @@ class _OneStack(_Model):
     ) -> None:
         name = type(self).__name__
         if segments is not None:
+            if self.config.head in ("pooled", "sequence"):
+                wanted = (
+                    f"segments: expected None with head={self.config.head!r} (one vector a row), got {segments.shape}"
+                )
+                raise InputError(name, [wanted])
             lowest, _ = extremes(segments)
             check_segments(name, tokens=tokens, segments=segments, padding_mask=padding_mask, lowest=lowest)
         check_ids(
@@ -108,7 +103,7 @@ class _OneStack(_Model):
         segments: Tensor | None,
         rng: Tensor | None,
     ) -> Tensor:
-        key = places(rng, 2)
+        key = places(rng, 3)
         mask = None
         if real is not None:
             mask = masks.padding_mask(real)
@@ -118,7 +113,7 @@ class _OneStack(_Model):
             positions = masks.segment_positions(segments) if positions is None else positions
         X = self.embedding(tokens, positions, types, rng=key[0])
         h: Tensor = self.stack(X, mask=mask, positions=positions, rng=key[1])
-        return h if self.config.head == "none" else self._logits(h, self._table)
+        return self._logits(h, self._table, real, key[2])
 
     @property
     def _table(self) -> Tensor:
@@ -127,7 +122,7 @@ class _OneStack(_Model):
 
 
 class EncoderModel(_OneStack):
-    """Every token sees every other (book, chapter "Masked Language Models"): hidden states, or logits with a head.
+    """Every token sees every other (book, chapter "Masked Language Models"): hidden states, or what the head makes.
 
     ``padding_mask`` is True at real tokens: padded keys are hidden, and positions are counted over real tokens unless
     they are given. ``segments`` says which of several documents in a row a token belongs to (0: padding): it sees its
@@ -146,7 +141,7 @@ class EncoderModel(_OneStack):
         token_types: Integer[Tensor, "B T"] | None = None,
         segments: Integer[Tensor, "B T"] | None = None,
         rng: Key | None = None,
-    ) -> Float[Tensor, "B T DV"]:
+    ) -> Float[Tensor, "..."]:
         if not torch.compiler.is_compiling():
             self._check(
                 tokens, padding_mask=padding_mask, positions=positions, token_types=token_types, segments=segments
@@ -155,7 +150,8 @@ class EncoderModel(_OneStack):
 
 
 class LanguageModel(_OneStack):
-    """Each token sees itself and those before it (book, chapter "Transformers"): logits of the next token.
+    """Each token sees itself and those before it (book, chapter "Transformers"): logits of the next token, or what the
+    head makes.
 
     ``padding_mask``, ``segments`` and errors as in ``EncoderModel``. ``step`` takes a sequence in parts.
     """
@@ -170,7 +166,7 @@ class LanguageModel(_OneStack):
         positions: Integer[Tensor, "#B T"] | None = None,
         segments: Integer[Tensor, "B T"] | None = None,
         rng: Key | None = None,
-    ) -> Float[Tensor, "B T V"]:
+    ) -> Float[Tensor, "..."]:
         if not torch.compiler.is_compiling():
             self._check(tokens, padding_mask=padding_mask, positions=positions, segments=segments)
         return self._run(tokens, padding_mask, positions, None, segments, rng)
@@ -192,6 +188,7 @@ class LanguageModel(_OneStack):
         """
         end = None
         if not torch.compiler.is_compiling():
+            check_writes("LanguageModel", self.config)
             self._check(tokens, padding_mask=padding_mask, positions=positions)
             end = caches._check("LanguageModel", self.config, cache, tokens, at)
         with torch.no_grad():

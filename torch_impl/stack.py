@@ -92,7 +92,8 @@ class TransformerStack(nn.Module):
             else None
         )
         self.blocks = nn.ModuleList(
-            Block(config, causal=causal, cross_attention=cross_attention, seed=None) for _ in range(num_layers)
+            Block(config, causal=causal, cross_attention=cross_attention, layer=layer, seed=None)
+            for layer in range(num_layers)
         )
         self.final_norm = make_norm(config.model_dim, config) if config.final_norm else None
         initialize(self, seed)

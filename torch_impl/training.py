@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from torch_impl.dropout import Key, fold, random_key
+from torch_impl.heads import check_writes
 from torch_impl.linear import DTYPES, wide_dtype
 from torch_impl.lora import adapter_shapes, init_adapters, merge
 from torch_impl.losses import cross_entropy, mean_loss
@@ -26,7 +27,7 @@ from torch_impl.weights import _array, _tensor, load_weights
 from twinformer.checks import INTEGERS, dtype_name
 from twinformer.config import ModelConfig
 from twinformer.data.batch import Batch
-from twinformer.errors import ConfigError, InputError, Problems, WeightsError
+from twinformer.errors import InputError, Problems, WeightsError
 from twinformer.learning import Evaluation, Metrics, TrainingConfig
 
 Tensors = dict[str, Float[Tensor, "..."]]
@@ -49,8 +50,7 @@ class Trainer:
         compile: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        if config.head == "none":
-            raise ConfigError("Trainer", ["head: expected 'tied' or 'untied', got 'none': it predicts nothing"])
+        check_writes("Trainer", config)
         self.config = config
         self.training = training
         self.device = torch.device("cpu" if device is None else device)
@@ -170,9 +170,9 @@ class Trainer:
         weights = leaves
         if self.training.lora is not None:
             weights = merge(state["frozen"], leaves, self.training.lora)
-        drops = self.training.dropout and any(
-            (self.config.dropout, self.config.attention_dropout, self.config.hidden_dropout)
-        )
+        config = self.config
+        rates = (config.dropout, config.attention_dropout, config.hidden_dropout, config.embedding_dropout or 0.0)
+        drops = self.training.dropout and any(rates)
         with self._weights_in_place(weights):  # in the backward pass too: remat runs the blocks again
             loss = self._loss(*self._native(batch), key if drops else None)
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

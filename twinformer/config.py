@@ -326,7 +326,7 @@ class StackConfig:
         """From JSON text. Raises ConfigError where the text is not a JSON object naming every field."""
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # JSONDecodeError, and whole numbers of too many digits
             raise ConfigError(cls.__name__, [f"expected JSON, got text that does not parse: {error}"]) from None
         if not isinstance(values, dict):
             raise ConfigError(cls.__name__, [f"expected a JSON object, got {type(values).__name__}"])

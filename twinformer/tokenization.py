@@ -334,7 +334,7 @@ def _json_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, and whole numbers of too many digits
         raise CheckpointError(str(file), [f"expected JSON, got text that does not parse: {error}"]) from None
     if not isinstance(values, dict):
         raise CheckpointError(str(file), [f"expected a JSON object, got {type(values).__name__}"])

@@ -46,7 +46,7 @@ def read_json(file: Path) -> Any:
     text = read_text(file)
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, and whole numbers of too many digits
         raise CheckpointError(str(file), [f"expected JSON, got text that does not parse: {error}"]) from None
 
 
