@@ -12,7 +12,7 @@ parity: $(READY)
 
 # Every preset, one after the other; stops at the first that does not agree.
 presets: $(READY)
-	for preset in textbook-encoder textbook-decoder textbook-encoder-decoder gpt2 llama bert t5; do \
+	for preset in textbook-encoder textbook-decoder textbook-encoder-decoder gpt2 llama gemma bert t5; do \
 	    $(BIN)/twinformer parity $$preset || exit $$?; \
 	done
 

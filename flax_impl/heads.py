@@ -53,7 +53,7 @@ class Head(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "B T D"],
-        table: Float[Array, "V D"] | None = None,
+        table: Float[Array, "V D"],
         real: Bool[Array | np.ndarray, "B T"] | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "..."]:
@@ -68,13 +68,12 @@ class Head(nnx.Module):
                 return self._scores(self.dropout(h, rng))
         return self._logits(h, table)
 
-    def _logits(self, h: Float[Array, "B T D"], table: Float[Array, "V D"] | None) -> Float[Array, "B T V"]:
+    def _logits(self, h: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
         config = self.config
         if self.transform is not None and self.norm is not None:
             h = self.norm(activate(self.transform(h), config.activation))
         bias = None if self.bias is None else self.bias[...]
         if self.kernel is None:
-            assert table is not None
             return unembed(h, table, scale=config.head_scale, bias=bias, softcap=config.head_softcap)
         kernel = self.kernel[...]
         if _is_one_row(h):

@@ -100,24 +100,40 @@ def _config(pick: Pick, sizes: Sizes) -> ModelConfig:
         choices["relative_max_distance"] = pick(17, 20, 128)
     for place in ("dropout", "attention_dropout", "hidden_dropout"):
         choices[place] = pick(0.0, 0.0, 0.0, 0.3)
-    head = pick("tied", "untied", *(["none"] if architecture == "encoder" else []))
-    if head != "none":
+    choices["embedding_dropout"] = pick(None, None, 0.0, 0.2)
+    head = pick("tied", "untied", *([] if two else ["none", "pooled", "sequence", "tokens"]))
+    if head in ("tied", "untied"):
         choices["head_bias"] = pick(False, True)
         choices["head_scale"] = pick(None, 0.5)
         choices["head_softcap"] = pick(None, 2.0)
+        choices["head_transform"] = pick(False, False, True)
+    if head in ("sequence", "tokens"):
+        choices["num_labels"] = pick(1, 3)
+        choices["head_bias"] = pick(False, True)
+        choices["head_dropout"] = pick(0.0, 0.0, 0.3)
+    if head in ("pooled", "sequence"):
+        choices["pool"] = pick("first", "last", "mean", "max")
+        choices["pooler"] = pick("none", "tanh", "relu")
+    if head == "pooled":
+        choices["pool_normalize"] = pick(False, True)
+    num_layers, window = pick(1, 1, 2, 3), pick(None, None, 1, 2, 3)
+    if window is not None and num_layers > 1 and not two:
+        choices["window_layers"] = pick(None, (0,), (num_layers - 1,))
+    if window is not None and positions == "rotary":
+        choices["window_rotary_base"] = pick(None, 50.0)
     if two:
         choices["share_embeddings"] = pick(False, True)
         choices["source_vocab_size"] = vocab_size if choices["share_embeddings"] else vocab_size + 2
         choices["num_encoder_layers"] = pick(1, 1, 2)
     return ModelConfig(
         architecture=architecture,
-        num_layers=pick(1, 1, 2),
+        num_layers=num_layers,
         norm=norm,
         norm_eps=pick(1e-5, 1e-6, 1e-12, 0.1),
         norm_bias=norm == "layernorm" and pick(False, True),
         norm_weight=pick("plain", "one_plus"),
         norm_cast=pick("after_weight", "before_weight"),
-        norm_placement=pick("pre", "post"),
+        norm_placement=pick("pre", "post", "sandwich"),
         final_norm=pick(False, True),
         activation=pick("relu", "gelu", "gelu_tanh", "silu"),
         gated=pick(False, True),
@@ -127,7 +143,7 @@ def _config(pick: Pick, sizes: Sizes) -> ModelConfig:
         attention_scale=pick(None, None, 0.3, 1.0),
         attention_softcap=pick(None, None, 1.5),
         qk_norm=pick("none", "none", "layernorm", "rmsnorm"),
-        window=pick(None, None, 1, 2, 3),
+        window=window,
         positions=positions,
         remat=pick(*[False] * 7, True),
         embedding_scale=pick(None, 2.5),
@@ -145,6 +161,7 @@ def _case(pick: Pick) -> Case:
     sizes = pick(*SIZES)
     config = _config(pick, sizes)
     rates = (config.dropout, config.attention_dropout, config.hidden_dropout)
+    rates += (config.embedding_dropout or 0.0, config.head_dropout)
     return Case(
         config=config,
         seed=pick(*range(1000)),

@@ -160,6 +160,8 @@ def numpy_block(X, values, config, *, H_enc=None, masks=None, factors=None, caus
     for name, branch, place in branches:
         if config.norm_placement == "pre":
             X = X + branch(norm(name, X)) * factors[place]
+        elif config.norm_placement == "sandwich":
+            X = X + norm(name.replace("_norm", "_post_norm"), branch(norm(name, X))) * factors[place]
         else:
             X = norm(name, X + branch(X) * factors[place])
     return X
@@ -184,6 +186,24 @@ CHOICES = {
     "one_plus layernorm without bias": {"norm_bias": False, "norm_weight": "one_plus", "norm_eps": 0.3},
     "grouped, J is not K": {"num_heads": 6, "num_kv_heads": 2, "key_dim": 3, "value_dim": 5, "gated": True},
 }
+
+
+@both
+@pytest.mark.parametrize("cross", [False, True], ids=["self-only", "with-cross"])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_sandwich_norms(twin, norm, cross):
+    """A norm before each branch and another of what it gives, before that is added; dropout comes after it."""
+    config = config_of(norm_placement="sandwich", norm=norm, norm_bias=norm == "layernorm", dropout=0.3)
+    block = block_of(twin, config, cross_attention=cross)
+    values = scatter_parameters(block, 8)
+    assert set(values) == set(block_parameters(config, cross_attention=cross))
+    X, H = random_array(5, B, T, 12), random_array(6, B, S, 12) if cross else None
+    given = {} if H is None else {"H_enc": twin.array(H)}
+    assert_close(block(twin.array(X), **given), numpy_block(X, values, config, H_enc=H))
+    places = [1, *([3] if cross else []), 5]
+    factors = {place: references.dropout_factors(references.key_of(4, place), (B, T, 12), 0.3) for place in places}
+    expected = numpy_block(X, values, config, H_enc=H, factors=factors)
+    assert_close(block(twin.array(X), **given, rng=twin.key(4)), expected)
 
 
 @both

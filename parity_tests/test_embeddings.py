@@ -130,6 +130,16 @@ def test_dropout(twin):
     assert_close(module(twin.array(TOKENS)), formula(values, config, TOKENS))
 
 
+@both
+def test_embedding_dropout(twin):
+    """A rate of its own, also 0 where the blocks drop."""
+    for rate in (0.4, 0.0):
+        config = config_of(dropout=0.2, embedding_dropout=rate)
+        module, values = embeddings_of(twin, config)
+        factors = references.dropout_factors(references.key_of(12), (B, T, D), rate) if rate else 1.0
+        assert_close(module(twin.array(TOKENS), rng=twin.key(12)), formula(values, config, TOKENS) * factors)
+
+
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
 def test_twins_agree(choices):
     config = config_of(**choices, dropout=0.2)

@@ -24,6 +24,7 @@ from parity_tests.helpers import (
 from parity_tests.modes import jitted, torch_compiled
 from parity_tests.test_block import LIKE_TORCH, SIZES, numpy_block, part, torch_names, witness_of
 from twinformer import ConfigError, StackConfig
+from twinformer.config import RotaryScaling
 from twinformer.initializers import draw_weights
 from twinformer.parameters import stack_parameters
 
@@ -203,6 +204,55 @@ def test_cross_attention_has_no_position_bias(twin):
     final = part(values, "final_norm")
     expected = references.layer_norm(expected, final["weight"], final["bias"], config.norm_eps)
     assert_close(stack(twin.array(X), twin.array(H)), expected)
+
+
+@both
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+def test_window_layers(twin, causal):
+    """Blocks 0 and 2 see through the window, block 1 sees everything."""
+    config = config_of(num_layers=3, window=2, window_layers=(0, 2))
+    stack = stack_of(twin, config, causal=causal)
+    values = scatter_parameters(stack, 31)
+    X = random_array(32, B, T, 12)
+    expected = X
+    near = np.abs(np.arange(T)[None, :] - np.arange(T)[:, None]) < 2
+    for i in range(3):
+        mask = near[None, None] if i in (0, 2) else np.ones((1, 1, T, T), bool)
+        expected = numpy_block(expected, part(values, f"blocks.{i}"), config, masks={"mask": mask}, causal=causal)
+    final = part(values, "final_norm")
+    assert_close(stack(twin.array(X)), references.layer_norm(expected, final["weight"], final["bias"], config.norm_eps))
+
+
+@both
+def test_window_rotary_base(twin):
+    """A block with the window turns by its own base, unscaled; the others by the base and the scaling of the model."""
+    scaling = RotaryScaling(kind="linear", factor=4.0)
+    common = {"positions": "rotary", "num_layers": 2, "final_norm": False}
+    config = config_of(
+        **common,
+        window=3,
+        window_layers=(1,),
+        rotary_base=500.0,
+        rotary_scaling=scaling,
+        window_rotary_base=37.0,
+    )
+    stack = stack_of(twin, config, causal=True)
+    values = scatter_parameters(stack, 33)
+    X = random_array(34, B, T, 12)
+    # each block as one of a stack of its own, whose rotary choices are all that there are
+    alone = {
+        0: config_of(**common, rotary_base=500.0, rotary_scaling=scaling),
+        1: config_of(**common, rotary_base=37.0, window=3),
+    }
+    expected = twin.array(X)
+    for i, own in alone.items():
+        block = twin.file("block").Block(own, causal=True)
+        set_parameters(block, part(values, f"blocks.{i}"))
+        expected = block(expected)
+    assert_close(stack(twin.array(X)), to_numpy(expected))
+    plain = stack_of(twin, config.replace(window_rotary_base=None), causal=True)
+    set_parameters(plain, values)
+    assert np.abs(to_numpy(plain(twin.array(X))) - to_numpy(expected)).max() > 1e-3
 
 
 @both

@@ -23,7 +23,8 @@ class Head(nn.Module):
     ``pooler``, ``weight`` and ``bias`` of tokens or labels.
 
     Called ``(h [B, T, D], table, real, rng)``. ``tied``, ``untied``: logits ``[B, T, V]``. ``tokens``: scores of labels
-    ``[B, T, num_labels]``. ``sequence``: ``[B, num_labels]``. ``pooled``: ``[B, D]``. ``none``: h.
+    ``[B, T, num_labels]``. ``sequence``: ``[B, num_labels]``. ``pooled``: ``[B, D]``. ``none``: h. (Devlin et al. 2019,
+    arXiv:1810.04805.)
     """
 
     kind = "linear"

@@ -366,6 +366,16 @@ class ModelConfig(StackConfig):
     initializer_std: float = 0.02
     initializer_scale_residual: bool = False
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the head scores tokens, so that the model can write and be trained on text."""
+        return self.head in ("tied", "untied")
+
+    def output_shape(self, B: int, T: int) -> tuple[int, ...]:
+        """The shape of what the model gives for ``[B, T]`` tokens (of the target, where there are two stacks)."""
+        width = {"none": self.model_dim, "pooled": self.model_dim}.get(self.head, self.num_labels or self.vocab_size)
+        return (B, width) if self.head in ("pooled", "sequence") else (B, T, width)
+
     def _resolve(self) -> None:
         super()._resolve()
         two = self.architecture == "encoder-decoder"

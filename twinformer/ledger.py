@@ -93,7 +93,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_block.py::test_sandwich_norms",
             "test_stack.py::test_without_final_norm",
         ),
-        mutants=("T4", "T5", "T6", "T63"),
+        mutants=("T4", "T5", "T6", "T63", "T129"),
     ),
     Choice(
         "activation",
@@ -196,6 +196,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_stack.py::test_window_layers",
             "test_stack.py::test_window_rotary_base",
         ),
+        mutants=("T130", "T131"),
     ),
     Choice(
         "row with nothing to attend to",
@@ -328,6 +329,7 @@ LEDGER: tuple[Choice, ...] = (
         ("head_transform",),
         "norm(act(W h + b)) before the logits, with the model's activation and norm (BERT, RoBERTa).",
         ("test_heads.py::test_transform",),
+        mutants=("T132",),
     ),
     Choice(
         "labels and sentence vectors",
@@ -339,6 +341,7 @@ LEDGER: tuple[Choice, ...] = (
             "test_heads.py::test_pools",
             "test_heads.py::test_labels",
         ),
+        mutants=("T133",),
     ),
     Choice(
         "dropout",

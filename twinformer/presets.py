@@ -74,6 +74,40 @@ def _llama() -> ModelConfig:
     )
 
 
+def _gemma() -> ModelConfig:
+    """Gemma 2 and 3 in one: sandwich norms, soft caps, norms of queries and keys, the window in some blocks only."""
+    return ModelConfig(
+        architecture="decoder",
+        vocab_size=97,
+        context_length=_CONTEXT,
+        model_dim=48,
+        key_dim=10,
+        hidden_dim=96,
+        num_heads=6,
+        num_kv_heads=2,
+        num_layers=3,
+        norm="rmsnorm",
+        norm_bias=False,
+        norm_weight="one_plus",
+        norm_eps=1e-6,
+        norm_placement="sandwich",
+        activation="gelu_tanh",
+        gated=True,
+        feedforward_bias=False,
+        attention_scale=0.25,
+        attention_softcap=50.0,
+        qk_norm="rmsnorm",
+        window=32,
+        window_layers=(0, 2),
+        positions="rotary",
+        rotary_base=1e6,
+        rotary_scaling=RotaryScaling(kind="linear", factor=8.0),
+        window_rotary_base=1e4,
+        embedding_scale=48**0.5,
+        head_softcap=30.0,
+    )
+
+
 def _bert() -> ModelConfig:
     return ModelConfig(
         architecture="encoder",
@@ -130,6 +164,7 @@ _PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "textbook-encoder-decoder": lambda: _textbook(architecture="encoder-decoder", source_vocab_size=53),
     "gpt2": _gpt2,
     "llama": _llama,
+    "gemma": _gemma,
     "bert": _bert,
     "t5": _t5,
 }

@@ -65,7 +65,7 @@ def softcap_of_the_head_forgotten(patch: Patch) -> None:
     _unembed(patch, softcap=None)
 
 
-@mutant("T59", case="decoder", culprits=_MODEL)
+@mutant("T59", case="decoder", culprits=(_MODEL, "head"))
 def bias_of_the_head_forgotten(patch: Patch) -> None:
     _unembed(patch, bias=None)
 
@@ -75,7 +75,7 @@ def scale_of_the_head_forgotten(patch: Patch) -> None:
     _unembed(patch, scale=None)
 
 
-@mutant("T61", case="decoder", culprits=_MODEL)
+@mutant("T61", case="decoder", culprits=(_MODEL, "head"))
 def no_gradient_through_the_tied_head(patch: Patch) -> None:
     """A table used twice whose gradient comes from one use only: the values are right."""
     patch.function(
@@ -149,3 +149,60 @@ def another_order_of_summation(patch: Patch) -> None:
         return patch.cast(Y, dtype)
 
     patch.method("linear", "Linear", lambda _: halves)
+
+
+def _block_init(patch: Patch, change: Any) -> None:
+    """``change(init, self, config, options)`` in place of a block's making."""
+
+    def wrong(init: Any) -> Any:
+        def made(self: Any, config: Any, **options: Any) -> Any:
+            return change(init, self, config, options)
+
+        return made
+
+    patch.method("block", "Block", wrong, "__init__")
+
+
+@mutant("T129", case="sandwich", culprits="*.attention_post_norm")
+def norm_after_a_branch_has_a_default_eps(patch: Patch) -> None:
+    def change(init: Any, self: Any, config: Any, options: Any) -> None:
+        init(self, config, **options)
+        self.attention_post_norm.eps = 1e-3
+
+    _block_init(patch, change)
+
+
+@mutant("T130", case="windows", culprits=("*.attention", "stack.blocks.*"))
+def other_blocks_have_the_window(patch: Patch) -> None:
+    """Counted from 1."""
+    _block_init(
+        patch, lambda init, self, config, options: init(self, config, **(options | {"layer": options["layer"] + 1}))
+    )
+
+
+@mutant("T131", case="windows", culprits="*.rotary")
+def one_rotary_base_for_all_blocks(patch: Patch) -> None:
+    _block_init(
+        patch, lambda init, self, config, options: init(self, config.replace(window_rotary_base=None), **options)
+    )
+
+
+@mutant("T132", case="masked-tokens", culprits="head")
+def transform_of_the_head_has_another_activation(patch: Patch) -> None:
+    def wrong(call: Any) -> Any:
+        def head(self: Any, *args: Any, **options: Any) -> Any:
+            config = self.config
+            self.config = config.replace(activation="gelu_tanh")
+            try:
+                return call(self, *args, **options)
+            finally:
+                self.config = config
+
+        return head
+
+    patch.method("heads", "Head", wrong)
+
+
+@mutant("T133", case="labels", culprits="head")
+def padding_is_pooled_too(patch: Patch) -> None:
+    patch.function("heads", "pool", lambda pool: lambda h, real, kind: pool(h, None, kind))

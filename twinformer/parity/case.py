@@ -64,8 +64,7 @@ def random_case(name: str, config: ModelConfig, seed: int = 0, batch: int = 4, l
 def make_case(name: str, config: ModelConfig, tensors: Mapping[str, Any], inputs: Arrays, seed: int = 0) -> Case:
     """A case with a random cotangent of the output's shape."""
     B, T = inputs["target" if "target" in inputs else "tokens"].shape
-    width = config.model_dim if config.head == "none" else config.vocab_size
-    cotangent = stream(seed, "cotangent").standard_normal((B, T, width))
+    cotangent = stream(seed, "cotangent").standard_normal(config.output_shape(B, T))
     return Case(name, config, dict(tensors), inputs, cotangent)
 
 

@@ -6,6 +6,8 @@ for a model of two layers as for one of fifty. Every module of every kind stays,
 
 from __future__ import annotations
 
+from typing import Any
+
 from twinformer.config import ModelConfig
 from twinformer.parameters import model_parameters
 from twinformer.parity.case import Arrays, Case, make_case
@@ -16,7 +18,8 @@ LAYERS, TOKENS = 2, 512
 def cut(case: Case, inputs: Arrays, *, layers: int = LAYERS) -> Case:
     """The case with at most ``layers`` layers in each stack, ``TOKENS`` tokens, and these inputs (ids below that)."""
     config = case.config
-    smaller: dict[str, int] = {"num_layers": min(config.num_layers, layers)}
+    smaller: dict[str, Any] = {"num_layers": min(config.num_layers, layers)}
+    smaller |= _windows(config, smaller["num_layers"])
     smaller["vocab_size"] = min(config.vocab_size, TOKENS)
     if config.architecture == "encoder-decoder":
         smaller["num_encoder_layers"] = min(config.num_encoder_layers, layers)
@@ -26,6 +29,16 @@ def cut(case: Case, inputs: Arrays, *, layers: int = LAYERS) -> Case:
     for path, parameter in model_parameters(config).items():
         tensors[path] = case.tensors[path][tuple(slice(size) for size in parameter.shape)]
     return make_case(case.name, config, tensors, inputs)
+
+
+def _windows(config: ModelConfig, layers: int) -> dict[str, Any]:
+    """Which of the first layers have the window: some, all (None), or none (no window then)."""
+    if config.window_layers is None:
+        return {}
+    left = tuple(layer for layer in config.window_layers if layer < layers)
+    if not left:
+        return {"window": None, "window_layers": None, "window_rotary_base": None}
+    return {"window_layers": None if len(left) == layers else left}
 
 
 def describe(config: ModelConfig, whole: ModelConfig) -> list[str]:

@@ -82,7 +82,7 @@ def plan_for(config: ModelConfig) -> Plan:
     real[3, [0, T // 3, T // 2]] = False
     poisoned = np.where(real, tokens, poison)
     poisoned[0, T // 2] = poison
-    window = config.window
+    window = config.ring_window
     source = source_real = None
     if config.architecture == "encoder-decoder":
         S = max(1, T - 3)

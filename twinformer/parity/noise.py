@@ -64,8 +64,8 @@ def reordered(case: Case, draw: int = 1, *, last_place: bool = False) -> Reorder
     if np.array_equal(batch, np.arange(len(batch))):
         batch = batch[::-1]
     stream_order = _residual(case, draw)
-    # the output has the features of the residual stream only without a head
-    features = stream_order if case.config.head == "none" else np.arange(case.cotangent.shape[-1])
+    # the output has the features of the residual stream only without a matrix of a head
+    features = stream_order if case.config.head in ("none", "pooled") else np.arange(case.cotangent.shape[-1])
     tensors = {path: tensor[np.ix_(*orders[path])] for path, tensor in case.tensors.items()}
     if last_place:
         tensors = {path: _nudged(tensor, stream(draw, f"nudged/{path}")) for path, tensor in tensors.items()}
@@ -121,8 +121,10 @@ def _orders(path: str, case: Case, draw: int) -> tuple[Order, ...]:
         return keep if is_bias else (keep[0], residual)
     if name in ("query_norm", "key_norm", "relative_bias"):
         return keep
-    if name == "head" or path.startswith("head."):
+    if name == "head":
         return keep if is_bias else (keep[0], residual)
+    if name in ("transform", "pooler"):
+        return (residual,) if is_bias else (residual, residual)
     return (*keep[:-1], residual)  # tables of embeddings and the norms of the residual stream
 
 
@@ -141,6 +143,8 @@ def _module_back(path: str, seen: FloatArray, case: Case, batch: Order, draw: in
         return _back(seen, _shuffled(draw, f"{owner}/hidden", config.hidden_dim), -1)
     is_inside_attention = last in ("query", "key", "query_norm", "key_norm", "rotary", "relative_bias")
     if is_inside_attention or name.endswith("attention.dropout"):
+        return seen
+    if name == "head" and config.head not in ("none", "pooled"):
         return seen
     return _back(seen, _residual(case, draw), -1)
 

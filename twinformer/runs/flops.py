@@ -31,7 +31,7 @@ def forward_flops(config: ModelConfig, inputs: Mapping[str, Any]) -> int:
         return encoder + decoder + 2 * B * T * D * V
     B, T = _shape(inputs["tokens"])
     pairs = T * (T + 1) // 2 if config.architecture == "decoder" else T * T
-    head = 0 if config.head == "none" else 2 * B * T * D * V
+    head = 2 * B * T * D * V if config.predicts_tokens else 0
     return config.num_layers * (_attention(config, B, T, T, pairs) + _feedforward(config, B * T)) + head
 
 

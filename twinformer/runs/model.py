@@ -108,7 +108,7 @@ def _check_fits(base: ModelConfig, asked: Mapping[str, Any], options: RunOptions
         good = have >= want if name == "context_length" else have == want
         more = " or more" if name == "context_length" else ""
         problems.expect(good, f"{name}: expected {want!r}{more} for data {options.data!r}, got {have!r}")
-    problems.expect(base.head != "none", "head: expected a model that predicts tokens, got head 'none'")
+    problems.expect(base.predicts_tokens, f"head: expected a model that predicts tokens, got head {base.head!r}")
     problems.raise_if_any()
 
 

@@ -37,8 +37,8 @@ _SHARES = ((1.0, 0.1, 0.4),)
 
 def check(evidence: Evidence) -> Rung:
     """Compare the sum's gradient, its norm and the first move of every weight with those of the parts."""
-    if evidence.case.config.head == "none":
-        return does_not_apply("the model has no head: there is nothing that it predicts")
+    if not evidence.case.config.predicts_tokens:
+        return does_not_apply("the model predicts no tokens")
     comparisons = []
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: sums of micro-batches in bfloat16")

@@ -17,6 +17,8 @@ def check(evidence: Evidence) -> Rung:
     whole = evidence.case
     if whole.config.architecture == "encoder":
         return does_not_apply("an encoder writes no tokens: there is nothing to search")
+    if not whole.config.predicts_tokens:
+        return does_not_apply("the model predicts no tokens: there is nothing to search")
     case, writing = prepared(whole)
     comparisons = []
     problems: Problems = {}

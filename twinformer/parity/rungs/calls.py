@@ -63,7 +63,7 @@ def calls(case: Case) -> dict[str, Case]:
     """The case cut to its first tokens, with nothing but tokens, and with positions in no order."""
     names = [name for name in _TOKENS if name in case.inputs]
     plain: Arrays = {name: case.inputs[name][:, :_LENGTH] for name in names}
-    cotangent = case.cotangent[:, :_LENGTH]
+    cotangent = case.cotangent if case.cotangent.ndim == 2 else case.cotangent[:, :_LENGTH]
     short = dataclasses.replace(case, inputs=plain, cotangent=cotangent)
     masks: Arrays = {name: value[:, -_LENGTH:] for name, value in case.inputs.items() if name.endswith("padding_mask")}
     places: Arrays = {}

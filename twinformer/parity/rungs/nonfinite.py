@@ -33,6 +33,8 @@ def check(evidence: Evidence) -> Rung:
     """
     case = evidence.case.in_dtype("float64")
     names = [name for name in ("tokens", "source", "target") if name in case.inputs]
+    if case.cotangent.ndim == 2:
+        return does_not_apply("the head gives one vector a row: no output belongs to a padded position")
     if any(_vocabulary(case.config, name) < 2 for name in names):
         return does_not_apply("a vocabulary of one token leaves none to poison")
     clean, hidden, visible = _poisoned(case, names)

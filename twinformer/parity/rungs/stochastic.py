@@ -84,9 +84,12 @@ def with_dropout(case: Case) -> Case:
     config = case.config
     if not (config.dropout or config.attention_dropout or config.hidden_dropout):
         config = config.replace(**_RATES)
+    if config.head in ("sequence", "tokens") and not config.head_dropout:
+        config = config.replace(head_dropout=0.1)
     inputs = {name: values[:, -_LENGTH:] for name, values in case.inputs.items()}
     inputs["rng"] = np.array(_KEY, np.int64)
-    return dataclasses.replace(case, config=config, inputs=inputs, cotangent=case.cotangent[:, -_LENGTH:])
+    cotangent = case.cotangent if case.cotangent.ndim == 2 else case.cotangent[:, -_LENGTH:]
+    return dataclasses.replace(case, config=config, inputs=inputs, cotangent=cotangent)
 
 
 def _long_mask(twins: tuple[Twin, Twin]) -> Comparison:

@@ -49,8 +49,8 @@ _TOLD = ("count", "learning_rate", "loss", "gradient_norm")
 def check(evidence: Evidence) -> Rung:
     """Compare both runs with each other, and with the judge's."""
     whole = evidence.case
-    if whole.config.head == "none":
-        return does_not_apply("the model has no head: there is nothing that it predicts")
+    if not whole.config.predicts_tokens:
+        return does_not_apply("the model predicts no tokens")
     case, batches = _case(whole)
     training = _training(evidence.twins[0], case, batches)
     evidence.progress(f"the judge: {STEPS} steps by hand")
