@@ -38,7 +38,8 @@ def tablature(options: RunOptions) -> RunData:
     """Arpeggios with the string of each note, in the form of the architecture."""
     form = cast(Form, options.architecture)
     assert options.batch_size is not None
-    train = ArpeggioTabs("train", form, batch_size=options.batch_size, seed=options.seed)
+    variety = options.variety or 0.0
+    train = ArpeggioTabs("train", form, batch_size=options.batch_size, seed=options.seed, variety=variety)
     valid = ArpeggioTabs("valid", form, batch_size=options.batch_size)
     proposed = suggested_config(form).to_dict()
     return RunData(

@@ -95,6 +95,10 @@ class RunOptions:
     z_loss: Annotated[float, Told("Weight of the squared log-partition in the loss.", least=0)] = 0.0
     dropout: Annotated[float | None, Told("Dropout rate of the residual branches and embeddings.", least=0)] = None
 
+    variety: Annotated[
+        float | None, Told("Tablature: share of the training chords that are variations of the known shapes.", least=0)
+    ] = None
+
     valid_every: Annotated[int, Told("Validate after so many steps.", least=1)] = 100
     valid_batches: Annotated[int | None, Told("Batches of a validation; left out, all of them.", least=1)] = None
     patience: Annotated[int | None, Told("Stop after so many validations without a new best.", least=1)] = None
@@ -266,6 +270,8 @@ def _check_tables(problems: Problems, options: RunOptions) -> None:
             problems.found.extend(f"{table}.{problem}" for problem in error.problems)
         except TypeError as error:
             problems.add(f"{table}: expected values of the right kind, got: {error}")
+    if options.variety is not None and fits(options.variety, float):
+        problems.expect(options.variety <= 1, f"variety: expected a share from 0 to 1, got {options.variety}")
     for name in ("smoothing", "dropout"):
         value = getattr(options, name)
         if fits(value, float):

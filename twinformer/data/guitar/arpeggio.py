@@ -10,12 +10,13 @@ one of five patterns; the next shape lies within three frets of the hand; four c
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twinformer.data.guitar.chords import PartName, load_chords, shape_of
+from twinformer.data.guitar.chords import PartName, load_chords, part_of, shape_of
 from twinformer.data.guitar.dice import Dice
-from twinformer.data.guitar.fretboard import STANDARD, hand_position, strings_for
+from twinformer.data.guitar.fretboard import STANDARD, hand_position, span, strings_for
 from twinformer.data.guitar.notes import QUARTER, Note, Piece
 from twinformer.errors import InputError
 
@@ -24,6 +25,8 @@ CHORDS = 4
 #: how far the hand moves between two shapes at most, in frets
 REACH = 3
 PATTERNS = ("up", "down", "up and down", "alternating bass", "random after the bass")
+# of a variation: strings that are left at least, frets that fingers are apart at most, the highest fret
+_FEWEST, _SPAN, _TOP = 3, 3, 15
 #: notes of the two patterns that do not end by themselves
 _PICKS = 6
 #: the longest sequence: six strings, up and down, four times
@@ -102,24 +105,78 @@ def _shapes(part: PartName) -> dict[Frets, tuple[Frets, ...]]:
 
 
 @functools.cache
-def _near(part: PartName, hand: int) -> tuple[tuple[Frets, ...], ...]:
-    """For each shape that can be had within reach of the hand: its places there."""
+def _variations() -> dict[Frets, tuple[Frets, ...]]:
+    """Shapes near those of the training part, wherever on the neck they can be had: for training only.
+
+    A shape without one or two of its strings (three are left), or with one finger one or two frets away (the span is
+    kept), and the shapes themselves; those without an open string at every place. A shape of another part (the hash
+    decides, as for those of the table) is none.
+    """
+    found: dict[Frets, set[Frets]] = {}
+    for places in _shapes("train").values():
+        for frets in places:
+            for near in _near_to(frets):
+                shape = shape_of(near)
+                if part_of(shape) == "train":
+                    found.setdefault(shape, set()).update(_slid(near))
+    return {shape: tuple(sorted(found[shape])) for shape in sorted(found)}
+
+
+def _near_to(frets: Frets) -> list[Frets]:
+    played = [string for string, fret in enumerate(frets) if fret >= 0]
+    found = [frets]
+    for count in (1, 2):
+        if len(played) - count >= _FEWEST:
+            found += [
+                tuple(-1 if string in gone else fret for string, fret in enumerate(frets))
+                for gone in itertools.combinations(played, count)
+            ]
+    for string in played:
+        for step in (-2, -1, 1, 2):
+            moved = (*frets[:string], frets[string] + step, *frets[string + 1 :])
+            if 0 <= moved[string] <= _TOP and span(moved) <= _SPAN:
+                found.append(moved)
+    return found
+
+
+def _slid(frets: Frets) -> list[Frets]:
+    """At every place on the neck; where it is, with an open string."""
+    stopped = [fret for fret in frets if fret >= 0]
+    if min(stopped) == 0:
+        return [frets]
+    steps = range(1 - min(stopped), _TOP - max(stopped) + 1)
+    return [tuple(fret + step if fret >= 0 else fret for fret in frets) for step in steps]
+
+
+@functools.cache
+def _near(part: PartName | None, hand: int) -> tuple[tuple[Frets, ...], ...]:
+    """For each shape of a part (None: of the variations) that can be had within reach of the hand: its places there."""
     near = (
         tuple(frets for frets in places if abs(hand_position(frets) - hand) <= REACH)
-        for places in _shapes(part).values()
+        for places in (_variations() if part is None else _shapes(part)).values()
     )
     return tuple(places for places in near if places)
 
 
-def _sequence(part: PartName, dice: Dice) -> Arpeggio:
-    shapes = _shapes(part)
-    frets = dice.choice(shapes[dice.choice(tuple(shapes))])
+@functools.cache
+def _names(part: PartName | None) -> tuple[Frets, ...]:
+    return tuple(_variations() if part is None else _shapes(part))
+
+
+def _sequence(part: PartName, dice: Dice, variety: float = 0.0) -> Arpeggio:
+    """``variety``: the share of the chords that are variations."""
+
+    def pool() -> PartName | None:
+        return None if variety and dice.below(2**32) < variety * 2**32 else part
+
+    chosen = pool()
+    frets = dice.choice((_variations() if chosen is None else _shapes(chosen))[dice.choice(_names(chosen))])
     pitches: list[int] = []
     strings: list[int] = []
     chords = []
     for turn in range(CHORDS):
         if turn:
-            options = _near(part, hand_position(frets))
+            options = _near(pool(), hand_position(frets))
             before = frets
             while frets == before:
                 frets = dice.choice(dice.choice(options))
@@ -140,6 +197,19 @@ def sequences(part: PartName, size: int | None = None, seed: int = 0) -> tuple[A
         raise InputError("arpeggio", [f"expected a part of {', '.join(SIZES)} and a size from 1, got {part!r}, {size}"])
     count = SIZES[part] if size is None else size
     return tuple(_sequence(part, Dice(seed, f"arpeggio/{part}/{number}")) for number in range(count))
+
+
+def varied_sequences(epoch: int, variety: float, size: int | None = None, seed: int = 0) -> tuple[Arpeggio, ...]:
+    """Training sequences that are others in every epoch, in which ``variety`` of the chords are variations.
+
+    Each depends on (seed, epoch, its number, variety) only. Raises InputError for a share that is none.
+    """
+    if not 0 < variety <= 1 or epoch < 0 or (size is not None and size < 1):
+        wanted = f"a variety in (0, 1], an epoch from 0 and a size from 1, got {variety}, {epoch}, {size}"
+        raise InputError("arpeggio", [f"expected {wanted}"])
+    count = SIZES["train"] if size is None else size
+    dice = (Dice(seed, f"arpeggio/varied/{epoch}/{number}") for number in range(count))
+    return tuple(_sequence("train", one, variety) for one in dice)
 
 
 def ambiguity(data: Sequence[Arpeggio]) -> float:

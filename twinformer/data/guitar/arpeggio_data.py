@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from twinformer.config import ModelConfig
 from twinformer.data.batch import Batch, Part
-from twinformer.data.guitar.arpeggio import MAX_NOTES, Arpeggio, ambiguity, sequences
+from twinformer.data.guitar.arpeggio import MAX_NOTES, Arpeggio, ambiguity, sequences, varied_sequences
 from twinformer.data.guitar.chords import PARTS, PartName, load_chords
 from twinformer.data.guitar.dice import Dice
 from twinformer.data.guitar.fretboard import FRETS, STANDARD, STRINGS, playable_range, strings_for
@@ -60,19 +60,16 @@ def vocabularies(form: Form) -> dict[str, Vocabulary]:
 
 
 def suggested_config(form: Form) -> ModelConfig:
-    """A model of 0.35 to 0.8 M parameters that learns the task within minutes on a CPU.
-
-    Without dropout: 12,000 sequences are many for it, and drawing the masks would take most of a step's time.
-    """
+    """A model of half a million to 1.2 million parameters that learns the task within minutes on a CPU."""
     words = {name: len(vocabulary) for name, vocabulary in vocabularies(form).items()}
     sizes: dict[str, Any] = {
         "architecture": form,
         "vocab_size": words["target"],
         "context_length": 2 * MAX_NOTES + _STEP if form == "decoder" else MAX_NOTES + _STEP,
-        "model_dim": 96,
+        "model_dim": 120,
         "key_dim": 24,
-        "hidden_dim": 384,
-        "num_heads": 4,
+        "hidden_dim": 480,
+        "num_heads": 5,
         "num_layers": 3,
         "activation": "gelu",
         "positions": "rotary",
@@ -88,7 +85,9 @@ class ArpeggioTabs:
 
     Training batches come shuffled anew in each epoch, of sequences of like length; with ``shuffle=False``, the
     default of the other parts, they come in order. The last batch is filled with rows that do not count. ``size``
-    takes the first sequences of the part only. Raises InputError naming every argument that is wrong.
+    takes the first sequences of the part only. With ``variety`` (training only) every epoch has other sequences, in
+    which so large a share of the chords are variations of known shapes. Raises InputError naming every argument that is
+    wrong.
     """
 
     def __init__(
@@ -100,12 +99,16 @@ class ArpeggioTabs:
         seed: int = 0,
         size: int | None = None,
         shuffle: bool | None = None,
+        variety: float = 0.0,
     ) -> None:
         problems = Problems("ArpeggioTabs", InputError)
         problems.expect(part in PARTS, f"part: expected one of {', '.join(PARTS)}, got {part!r}")
         problems.expect(form in FORMS, f"form: expected one of {', '.join(FORMS)}, got {form!r}")
         problems.expect(batch_size >= 1, f"batch_size: expected at least 1, got {batch_size}")
+        problems.expect(0 <= variety <= 1, f"variety: expected a share from 0 to 1, got {variety}")
+        problems.expect(variety == 0 or part == "train", f"variety: expected 0 with part={part!r}, got {variety}")
         problems.raise_if_any()
+        self.variety = variety
         self.form: Form = form
         self.batch_size = batch_size
         self.seed = seed
@@ -120,6 +123,7 @@ class ArpeggioTabs:
         self.end_id = None if form == "encoder" else self.vocabulary.id(END)
         self._part = part
         self._order = functools.lru_cache(maxsize=2)(self._order_of)
+        self._epoch = functools.lru_cache(maxsize=2)(self._sequences_of)
 
     @property
     def part(self) -> Part:
@@ -142,7 +146,8 @@ class ArpeggioTabs:
         if step < 0:
             raise InputError("ArpeggioTabs", [f"step: expected a whole number from 0, got {step}"])
         epoch, place = divmod(step, self.steps_per_epoch)
-        return self.batch_of([self.sequences[i] for i in self._order(epoch)[place]])
+        drawn = self._epoch(epoch)
+        return self.batch_of([drawn[i] for i in self._order(epoch)[place]])
 
     def batch_of(self, chosen: Sequence[Arpeggio]) -> Batch:
         """These sequences, at most ``batch_size``, as a batch of ``batch_size`` rows.
@@ -226,6 +231,11 @@ class ArpeggioTabs:
             )
         return table
 
+    def _sequences_of(self, epoch: int) -> Sequence[Arpeggio]:
+        if not self.variety:
+            return self.sequences
+        return varied_sequences(epoch, self.variety, len(self.sequences), self.seed)
+
     def _order_of(self, epoch: int) -> list[Ids]:
         """The numbers of the sequences in each batch of an epoch."""
         count = len(self.sequences)
@@ -233,7 +243,7 @@ class ArpeggioTabs:
             return [np.arange(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
         dice = Dice(self.seed, f"order/{epoch}")
         order = dice.permutation(count)
-        lengths = np.array([len(sequence.pitches) for sequence in self.sequences])
+        lengths = np.array([len(sequence.pitches) for sequence in self._epoch(epoch)])
         batches = []
         for start in range(0, count, pool := self.batch_size * _POOL):
             some = order[start : start + pool]
