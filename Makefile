@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: parity presets mutants fuzz test lint bench-import setup clean
+.PHONY: parity presets mutants fuzz test lint bench bench-import setup clean
 
 # The main job: the trained sentence encoder in both frameworks, and against the original implementation.
 parity: $(READY)
@@ -35,6 +35,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The twins beside their peers, at small sizes; rows are added to a file.
+bench: $(READY)
+	$(BIN)/twinformer bench run --quick --rounds 3 --samples 3 --out bench-quick.jsonl
 
 # What importing each twin costs beyond its framework.
 bench-import: $(READY)

@@ -121,8 +121,9 @@ def test_against_torch_nn(twin, placement, activation, cross):
 # ---- the sum of its parts, in NumPy, for what torch.nn does not have
 
 
-def numpy_block(X, values, config, *, H_enc=None, masks=None, factors=None, causal=False):
-    """A block's three sub-layers from the loops of ``references``. ``factors`` are dropout's, by place 0 … 5."""
+def numpy_block(X, values, config, *, H_enc=None, masks=None, factors=None, causal=False, **attention):
+    """A block's three sub-layers from the loops of ``references``. ``factors`` are dropout's, by place 0 … 5.
+    ``attention``: what else the self-attention of ``references`` is told."""
     factors = {i: 1.0 for i in range(6)} | (factors or {})
     masks = masks or {}
 
@@ -147,7 +148,8 @@ def numpy_block(X, values, config, *, H_enc=None, masks=None, factors=None, caus
             hidden = references.activate(up, config.activation)
         return (hidden * factors[4]) @ p["down.weight"].T + p.get("down.bias", 0.0)
 
-    branches = [("attention_norm", lambda x: attend("attention", x, 0, causal=causal, mask=masks.get("mask")), 1)]
+    own = {"causal": causal, "mask": masks.get("mask"), **attention}
+    branches = [("attention_norm", lambda x: attend("attention", x, 0, **own), 1)]
     if H_enc is not None:
         branches.append(
             (

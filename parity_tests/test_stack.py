@@ -226,33 +226,33 @@ def test_window_layers(twin, causal):
 @both
 def test_window_rotary_base(twin):
     """A block with the window turns by its own base, unscaled; the others by the base and the scaling of the model."""
-    scaling = RotaryScaling(kind="linear", factor=4.0)
-    common = {"positions": "rotary", "num_layers": 2, "final_norm": False}
     config = config_of(
-        **common,
+        positions="rotary",
+        num_layers=2,
+        final_norm=False,
         window=3,
         window_layers=(1,),
         rotary_base=500.0,
-        rotary_scaling=scaling,
+        rotary_scaling=RotaryScaling(kind="linear", factor=4.0),
         window_rotary_base=37.0,
     )
     stack = stack_of(twin, config, causal=True)
     values = scatter_parameters(stack, 33)
     X = random_array(34, B, T, 12)
-    # each block as one of a stack of its own, whose rotary choices are all that there are
-    alone = {
-        0: config_of(**common, rotary_base=500.0, rotary_scaling=scaling),
-        1: config_of(**common, rotary_base=37.0, window=3),
-    }
-    expected = twin.array(X)
-    for i, own in alone.items():
-        block = twin.file("block").Block(own, causal=True)
-        set_parameters(block, part(values, f"blocks.{i}"))
-        expected = block(expected)
-    assert_close(stack(twin.array(X)), to_numpy(expected))
-    plain = stack_of(twin, config.replace(window_rotary_base=None), causal=True)
-    set_parameters(plain, values)
-    assert np.abs(to_numpy(plain(twin.array(X))) - to_numpy(expected)).max() > 1e-3
+    K = config.key_dim
+    far, near = references.rotation(K, base=500.0), references.rotation(K, base=37.0)
+
+    def formula(**local):
+        h = numpy_block(X, part(values, "blocks.0"), config, causal=True, rotate=scaled)
+        return numpy_block(h, part(values, "blocks.1"), config, causal=True, window=3, **local)
+
+    def scaled(x, position):
+        return far(x, position / 4)
+
+    assert_close(stack(twin.array(X)), formula(rotate=near))
+    stack = stack_of(twin, config.replace(window_rotary_base=None), causal=True)
+    set_parameters(stack, values)
+    assert_close(stack(twin.array(X)), formula(rotate=scaled))
 
 
 @both
