@@ -19,6 +19,7 @@ from twinformer.checkpoint import CONFIG_FILE
 from twinformer.config import ModelConfig
 from twinformer.errors import CheckpointError, ConfigError
 from twinformer.pretrained import (
+    bart,
     bert,
     files,
     gemma,
@@ -26,11 +27,13 @@ from twinformer.pretrained import (
     gemma3,
     gpt2,
     llama,
+    marian,
     mistral,
     phi3,
     published,
     qwen2,
     qwen3,
+    t5,
 )
 from twinformer.pretrained.family import Array, Family
 from twinformer.pretrained.pooling import Pooling
@@ -66,6 +69,10 @@ FAMILIES: dict[str, Family] = {
         gemma2,
         gemma3,
         phi3,
+        # encoders with a decoder
+        t5,
+        bart,
+        marian,
     )
 }
 

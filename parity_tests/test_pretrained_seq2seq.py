@@ -1,0 +1,167 @@
+"""Encoder-decoders as published: both twins against ``transformers`` in float64, every gradient, and back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from parity_tests.helpers import FLAX, TORCH, assert_close, to_numpy
+from parity_tests.published_seq2seq import KINDS, examine, inputs_of
+from parity_tests.published_witness import wide
+from parity_tests.readers import build
+from twinformer import ConfigError, WeightsError, pretrained
+from twinformer.decoding import StopConfig
+
+BOUND = 1e-11
+CASES = [(family, case) for family, kind in KINDS.items() for case in kind.cases]
+RICH = {"t5": "gated, unscaled", "bart": "scaled", "marian": "two vocabularies"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices are so small here that a second thread costs more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def published(family, case, place):
+    model = KINDS[family].make(case)
+    model.save_pretrained(place)
+    return model, place
+
+
+def assert_small(found):
+    worst = max(found, key=lambda name: found[name])
+    assert found[worst] <= BOUND, f"{worst}: off by {found[worst]:.3e} of its largest magnitude"
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_all_that_transformers_computes(family, case, tmp_path):
+    model, place = published(family, case, tmp_path / "model")
+    found = examine(TORCH, place, model)
+    assert {"encoder 0", "decoder 0", "output", "loss", "gradient source_embedding.tokens.weight"} <= found.keys()
+    assert_small(found)
+    read = pretrained.read(place)
+    assert (read.family, read.unknown_fields) == (family, ())
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_all_that_transformers_computes_in_flax(family, tmp_path):
+    model, place = published(family, RICH[family], tmp_path / "model")
+    assert_small(examine(FLAX, place, model))
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_there_and_back(family, case, tmp_path):
+    """Written again: the same bits, which the library loads whole and computes the same with."""
+    model, place = published(family, case, tmp_path / "model")
+    read = pretrained.read(place)
+    pretrained.write(tmp_path / "back", read.config, read.tensors, family=family)
+    before, after = load_file(place / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    positions = {name for name in before if "embed_positions" in name and family == "marian"}
+    assert before.keys() - positions == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in after)
+    assert pretrained.read(tmp_path / "back").config == read.config
+    given = inputs_of(model)
+    arguments = {
+        "input_ids": torch.from_numpy(given["source"]),
+        "attention_mask": torch.from_numpy(given["source_padding_mask"].astype(np.int64)),
+        "decoder_input_ids": torch.from_numpy(given["target"][:, :-1].copy()),
+    }
+    with wide(), torch.no_grad():
+        loaded, report = type(model).from_pretrained(
+            tmp_path / "back", dtype=torch.float64, attn_implementation="eager", output_loading_info=True
+        )
+        assert not any(report[kind] for kind in ("unexpected_keys", "mismatched_keys", "error_msgs"))
+        # (Marian's sinusoids are made anew, in float32)
+        rounding = 1e-5 if family == "marian" else 1e-13
+        assert_close(loaded.eval()(**arguments).logits, model(**arguments).logits, rounding)
+
+
+@pytest.mark.parametrize(
+    ("twin", "family", "case"),
+    # (the library cannot generate with a T5 whose decoder has more blocks than its encoder)
+    [(TORCH, *one) for one in CASES if one != ("t5", "more blocks in the decoder")] + [(FLAX, "t5", "1.0")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_greedy_decoding(twin, family, case, tmp_path):
+    """Token for token, from the cache."""
+    model, place = published(family, case, tmp_path / "model")
+    read = pretrained.read(place)
+    given = inputs_of(model)
+    begin = np.full((len(given["source"]), 1), 3)
+    with wide(), torch.no_grad():
+        expected = model.generate(
+            torch.from_numpy(given["source"]),
+            attention_mask=torch.from_numpy(given["source_padding_mask"].astype(np.int64)),
+            decoder_start_token_id=3,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            forced_eos_token_id=None,
+            bad_words_ids=None,
+        )
+    generator = twin.file("generation").Generator(build(twin, read.config, read.tensors), slots=8, bucket=1)
+    options = {"source": given["source"], "source_padding_mask": given["source_padding_mask"]}
+    written = generator(begin, max_new_tokens=6, stop=StopConfig(), **options)
+    assert written.tokens.tolist() == to_numpy(expected)[:, 1:].tolist()
+
+
+def test_version_1_1_of_t5_has_a_head_of_its_own(tmp_path):
+    """Published so, with ``tie_word_embeddings`` false: nothing is shared, nothing is scaled."""
+    model, place = published("t5", "gated", tmp_path / "model")
+    config = json.loads((place / "config.json").read_text())
+    del config["scale_decoder_outputs"]
+    (place / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    tensors = load_file(place / "model.safetensors")
+    own = np.random.default_rng(0).standard_normal(tensors["shared.weight"].shape)
+    save_file(tensors | {"lm_head.weight": own}, place / "model.safetensors")
+    read = pretrained.read(place)
+    assert (read.config.head, read.config.head_scale) == ("untied", None)
+    given = inputs_of(model)
+    ours = build(TORCH, read.config, read.tensors)
+    arrays = {name: TORCH.array(array) for name, array in given.items()}
+    logits = ours(arrays["source"], arrays["target"], source_padding_mask=arrays["source_padding_mask"])
+    with wide(), torch.no_grad():
+        states = model(
+            input_ids=torch.from_numpy(given["source"]),
+            attention_mask=torch.from_numpy(given["source_padding_mask"].astype(np.int64)),
+            decoder_input_ids=torch.from_numpy(given["target"]),
+            output_hidden_states=True,
+        ).decoder_hidden_states[-1]
+    assert_close(logits, to_numpy(states) @ own.T, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("t5", {"feed_forward_proj": "quick_gelu", "is_decoder": True}, ["feed_forward_proj", "is_decoder"]),
+        ("bart", {"decoder_ffn_dim": 7, "decoder_attention_heads": 4}, ["decoder_ffn_dim", "decoder_attention_heads"]),
+        ("bart", {"normalize_before": True, "activation_function": "gelu_fast"}, ["normalize_before", "gelu_fast"]),
+        ("marian", {"decoder_vocab_size": 99}, ["decoder_vocab_size: expected vocab_size=37"]),
+        ("marian", {"tie_word_embeddings": False}, ["tie_word_embeddings"]),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_its_values(family, changes, told, tmp_path):
+    _, place = published(family, next(iter(KINDS[family].cases)), tmp_path / "model")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConfigError) as caught:
+        pretrained.read(place)
+    assert all(text in str(caught.value) for text in told)
+
+
+def test_a_table_that_repeats_another_is_compared(tmp_path):
+    _, place = published("bart", "plain", tmp_path / "model")
+    tensors = load_file(place / "model.safetensors")
+    copy = tensors["model.shared.weight"].copy()
+    copy[3, 4] += 1
+    save_file(tensors | {"model.encoder.embed_tokens.weight": copy}, place / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"model.encoder.embed_tokens.weight: expected the values of model.shared"):
+        pretrained.read(place)
