@@ -34,7 +34,8 @@ def attend(
     softmax and dropout of its weights. Where scores need nothing between the products but their scale, one kernel does
     it all (``fused.attention``).
     """
-    if softcap is None and bias is None and Q.shape[2] > 1 and (dropout is None or dropout.rate == 0 or rng is None):
+    is_plain = softcap is None and bias is None and (dropout is None or fused.may_pass_by(dropout, dropout.rate, rng))
+    if is_plain and Q.shape[2] > 1:
         Z = fused.attention(Q, K, V, scale=scale, allowed=allowed)
         if Z is not None:
             return Z

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 _explicit = 0  # blocks of ``explicit_formulas`` that are open
 
@@ -30,6 +30,11 @@ def explicit_formulas() -> Iterator[None]:
 def may_look(X: Tensor) -> bool:
     """Whether values may decide which way is taken."""
     return not _explicit and X.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def may_pass_by(module: nn.Module, rate: float, rng: Tensor | None) -> bool:
+    """Whether a dropout need not be called: it would change nothing, and nobody watches it."""
+    return (rate == 0 or rng is None) and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def is_finite(X: Tensor) -> bool:
