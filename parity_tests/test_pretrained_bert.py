@@ -246,21 +246,22 @@ def test_mixed_dtypes_are_kept_and_the_configuration_holds_them_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_class", "left_out"),
+    ("model_class", "head", "left_out"),
     [
-        (transformers.BertForPreTraining, {"cls", "bert.pooler"}),
-        (transformers.BertForMaskedLM, {"cls"}),
-        (transformers.BertForQuestionAnswering, {"qa_outputs"}),
-        (transformers.BertForSequenceClassification, {"classifier", "bert.pooler"}),
+        (transformers.BertForPreTraining, "tied", {"cls.seq_relationship", "bert.pooler"}),
+        (transformers.BertForNextSentencePrediction, "none", {"cls.seq_relationship", "bert.pooler"}),
+        (transformers.BertForQuestionAnswering, "tokens", set()),
     ],
 )
-def test_a_prefix_is_understood_and_heads_are_named_as_left_out(model_class, left_out, tmp_path):
+def test_a_prefix_is_understood_and_what_has_no_place_is_named_as_left_out(model_class, head, left_out, tmp_path):
     scattered(**TINY["small"]).save_pretrained(tmp_path / "plain")
     model = scattered(model_class, **TINY["small"])
     model.bert.load_state_dict(scattered(**TINY["small"]).state_dict(), strict=model.bert.pooler is not None)
     model.save_pretrained(tmp_path / "with head")
     read = pretrained.read(tmp_path / "with head")
-    assert_close(read.tensors, pretrained.read(tmp_path / "plain").tensors, 0.0)
+    body = {path: leaf for path, leaf in read.tensors.items() if not path.startswith("head.")}
+    assert_close(body, pretrained.read(tmp_path / "plain").tensors, 0.0)
+    assert read.config.head == head
     assert {next(part for part in left_out if name.startswith(part)) for name in read.left_out} == left_out
 
 
@@ -366,7 +367,7 @@ def test_a_model_of_ours_is_published(tmp_path):
         {"position_offset": 1},
         {"embedding_norm": False},
         {"num_token_types": 0},
-        {"head": "tied"},
+        {"head": "pooled", "pool": "mean"},
         {"embedding_scale": 2.0},
         {"attention_softcap": 3.0},
         {"window": 3},
@@ -409,7 +410,7 @@ def test_wrong_leaves_are_not_published():
 
 
 def test_an_unknown_family_is_not_written(tmp_path):
-    with pytest.raises(ConfigError, match=r"expected one of bert.*, got 'birt'"):
+    with pytest.raises(ConfigError, match=r"expected one of bart, bert.*, got 'birt'"):
         pretrained.write(tmp_path / "out", CONFIG, leaves_of(CONFIG), family="birt")
     assert not (tmp_path / "out").exists()
 

@@ -33,6 +33,7 @@ from twinformer.pretrained import (
     published,
     qwen2,
     qwen3,
+    roberta,
     t5,
 )
 from twinformer.pretrained.family import Array, Family
@@ -59,6 +60,7 @@ FAMILIES: dict[str, Family] = {
     for module in (
         # encoders
         bert,
+        roberta,
         # decoders
         gpt2,
         llama,

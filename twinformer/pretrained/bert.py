@@ -2,8 +2,10 @@
 
 An encoder with post-norm blocks and no final norm; learned positions counted over real tokens; two token types;
 a norm over the embeddings; biases everywhere; erf GELU; head a of a projection owns its rows ``a·K … (a+1)·K - 1``,
-as ours does. Our model is the encoder: it gives hidden states ``[B, T, D]``. The pooler and the heads of
-pre-training and of tasks are left out, and named in ``Pretrained.left_out``.
+as ours does. The class that was saved decides the head: masked tokens (dense, activation, norm, the table of tokens and
+a bias), labels of a sequence (the first token through a dense layer with tanh), labels of each token, both ends of an
+answer. ``BertModel`` gives hidden states ``[B, T, D]``; its pooler, and parts of classes that we have no head for, are
+left out, and named in ``Pretrained.left_out``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from twinformer.config import ModelConfig
+from twinformer.config import Head, ModelConfig
 from twinformer.errors import ConfigError
 from twinformer.pretrained import published
 from twinformer.pretrained.family import Array, Family, Field, Name, only
@@ -54,17 +56,68 @@ def _to_config(values: Mapping[str, Any]) -> dict[str, Any]:
         "embedding_norm": True,
         "dropout": values["hidden_dropout_prob"],
         "attention_dropout": values["attention_probs_dropout_prob"],
-        "head": "none",
         "initializer": "normal",
         "initializer_std": values["initializer_range"],
+        **head_of("Bert", values),
     }
+
+
+def head_of(stem: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Our head for the class of a family of this kind (``stem`` is Bert or Roberta) that was saved."""
+    names = values["architectures"] or []
+    name = names[0].removeprefix(stem) if len(names) == 1 and isinstance(names[0], str) else ""
+    if name in ("ForMaskedLM", "ForPreTraining"):
+        tied: Head = "tied" if values["tie_word_embeddings"] else "untied"
+        return {"head": tied, "head_transform": True, "head_bias": True}
+    labels = values["id2label"]
+    count = len(labels) if labels is not None else values["num_labels"] or 2
+    rate = values["hidden_dropout_prob"] if values["classifier_dropout"] is None else values["classifier_dropout"]
+    if name == "ForSequenceClassification":
+        pooled = {"pool": "first", "pooler": "tanh"}
+        return {"head": "sequence", "num_labels": count, "head_bias": True, "head_dropout": rate, **pooled}
+    if name == "ForTokenClassification":
+        return {"head": "tokens", "num_labels": count, "head_bias": True, "head_dropout": rate}
+    if name == "ForQuestionAnswering":  # the begin and the end of the answer; nothing is dropped
+        return {"head": "tokens", "num_labels": count, "head_bias": True}
+    return {"head": "none"}
+
+
+def class_of(stem: str, config: ModelConfig) -> dict[str, Any]:
+    """``architectures`` and what goes with it."""
+    kinds = {"tied": "ForMaskedLM", "untied": "ForMaskedLM", "sequence": "ForSequenceClassification"}
+    kinds |= {"tokens": "ForTokenClassification"}
+    values: dict[str, Any] = {
+        "architectures": [stem + kinds.get(config.head, "Model")],
+        "tie_word_embeddings": config.head != "untied",
+    }
+    if config.num_labels:
+        names = [f"LABEL_{i}" for i in range(config.num_labels)]
+        values["id2label"] = {str(i): name for i, name in enumerate(names)}
+        values["label2id"] = {name: i for i, name in enumerate(names)}
+        values["classifier_dropout"] = config.head_dropout
+    return values
+
+
+#: what decides the head
+HEAD_FIELDS = {
+    "architectures": Field(list, default=None, nullable=True),
+    "tie_word_embeddings": Field(bool, default=True),
+    "id2label": Field(dict, default=None, nullable=True),
+    "num_labels": Field(int, default=None, nullable=True, minimum=1),
+    "classifier_dropout": Field(float, default=None, nullable=True),
+}
+
+
+def pair(theirs: str, ours: str, **choices: Any) -> tuple[Name, Name]:
+    """Weight and bias of one part."""
+    return Name(f"{theirs}.weight", f"{ours}.weight", **choices), Name(f"{theirs}.bias", f"{ours}.bias", **choices)
 
 
 def _from_config(config: ModelConfig) -> dict[str, Any]:
     activation = next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation)
     return {
-        "architectures": ["BertModel"],
         "model_type": "bert",
+        **class_of("Bert", config),
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "hidden_size": config.model_dim,
@@ -83,12 +136,19 @@ def _from_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# the pooler's old settings (in Google's files), and the tying of a head that we leave out
+# the pooler's old settings (in Google's files)
 _WITHOUT_EFFECT = """
 directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-tie_word_embeddings
 """
 
+#: older files' names of norms; and the two ends of an answer, which are two labels of each token
+OLD_ENDINGS = {
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+    "qa_outputs.weight": "classifier.weight",
+    "qa_outputs.bias": "classifier.bias",
+}
+_MASKED: tuple[Head, ...] = ("tied", "untied")
 _OURS = "stack.blocks.{layer}."
 _THEIRS = "encoder.layer.{layer}."
 
@@ -108,6 +168,7 @@ FAMILY = Family(
         "hidden_dropout_prob": Field(float, default=0.1),
         "attention_probs_dropout_prob": Field(float, default=0.1),
         "initializer_range": Field(float, default=0.02),
+        **HEAD_FIELDS,
         "position_embedding_type": only("absolute"),
         "is_decoder": only(False),
         "is_encoder_decoder": only(False),
@@ -140,11 +201,22 @@ FAMILY = Family(
         Name(_THEIRS + "output.dense.bias", _OURS + "feedforward.down.bias"),
         Name(_THEIRS + "output.LayerNorm.weight", _OURS + "feedforward_norm.weight"),
         Name(_THEIRS + "output.LayerNorm.bias", _OURS + "feedforward_norm.bias"),
+        *pair("cls.predictions.transform.dense", "head.transform", beside=True),
+        *pair("cls.predictions.transform.LayerNorm", "head.norm", beside=True),
+        Name("cls.predictions.bias", "head.bias", heads=_MASKED, beside=True),
+        Name("cls.predictions.decoder.weight", "head.weight", heads=("untied",), beside=True),
+        *pair("pooler.dense", "head.pooler"),
+        *pair("classifier", "head", heads=("sequence", "tokens"), beside=True),
     ),
     prefixes=("bert.",),
-    old_endings={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    body_prefix="bert.",
+    copies={
+        "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    old_endings=OLD_ENDINGS,
     counting_buffers=("embeddings.position_ids",),
-    left_out=("pooler.", "cls.", "classifier.", "qa_outputs."),
+    left_out=("pooler.", "cls.", "classifier."),
 )
 
 
