@@ -68,6 +68,9 @@ def _load(file: Path, problems: Problems) -> dict[str, Tensor]:
         KeyError,
         TypeError,
         IndexError,
+        AttributeError,
+        AssertionError,
+        MemoryError,
     ) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         problems.add(f"{file.name}: expected tensors by name and nothing else, got a file that does not read: {first}")

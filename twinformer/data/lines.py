@@ -78,7 +78,7 @@ def json_texts(text: str, fields: tuple[str, ...]) -> list[str] | str:
     """The texts in these fields of a JSON object, or what is wrong with it."""
     try:
         value: Any = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return f"expected a JSON object, got text that does not parse: {error}"
     if not isinstance(value, dict):
         return f"expected a JSON object, got {type(value).__name__}"

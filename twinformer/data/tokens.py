@@ -160,7 +160,7 @@ def _read_header(data: bytes, problems: Problems) -> dict[str, Any]:
     """The header, every field of the right kind. Raises what ``problems`` raises."""
     try:
         header: Any = json.loads(data.decode("utf-8")) if len(data) == HEADER else None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         problems.add(f"expected a token file, got one that does not begin with its {HEADER} bytes of JSON")

@@ -103,7 +103,7 @@ def _from_config(config: ModelConfig) -> dict[str, Any]:
 
 # what follows from feed_forward_proj, tasks of the published models, and labels that we have no head for
 _WITHOUT_EFFECT = """
-classifier_dropout decoder_start_token_id dense_act_fn initializer_factor is_gated_act n_positions output_past
+classifier_dropout decoder_start_token_id dense_act_fn initializer_factor is_gated_act output_past
 """
 
 

@@ -234,9 +234,10 @@ def _named(directory: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _pointed(file: Path) -> int:
+    text = read_text(file)
     try:
-        step = json.loads(read_text(file))["step"]
-    except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
+        step = json.loads(text)["step"]
+    except (ValueError, RecursionError, KeyError, TypeError):
         step = None
     if not isinstance(step, int):
         raise CheckpointError(str(file), ["expected a JSON object with a step, got something else"])

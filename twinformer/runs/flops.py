@@ -20,7 +20,6 @@ def training_flops(config: ModelConfig, inputs: Mapping[str, Any]) -> int:
 
 def forward_flops(config: ModelConfig, inputs: Mapping[str, Any]) -> int:
     """One forward pass of a whole model."""
-    D, V = config.model_dim, config.vocab_size
     if config.architecture == "encoder-decoder":
         (B, S), T = _shape(inputs["source"]), _shape(inputs["target"])[1]
         encoder = config.num_encoder_layers * (_attention(config, B, S, S, S * S) + _feedforward(config, B * S))
@@ -28,11 +27,11 @@ def forward_flops(config: ModelConfig, inputs: Mapping[str, Any]) -> int:
         decoder = config.num_layers * (
             _attention(config, B, T, T, T * (T + 1) // 2) + crossing + _feedforward(config, B * T)
         )
-        return encoder + decoder + 2 * B * T * D * V
+        return encoder + decoder + _head(config, B, T)
     B, T = _shape(inputs["tokens"])
     pairs = T * (T + 1) // 2 if config.architecture == "decoder" else T * T
-    head = 2 * B * T * D * V if config.predicts_tokens else 0
-    return config.num_layers * (_attention(config, B, T, T, pairs) + _feedforward(config, B * T)) + head
+    blocks = config.num_layers * (_attention(config, B, T, T, pairs) + _feedforward(config, B * T))
+    return blocks + _head(config, B, T)
 
 
 def _shape(tokens: Any) -> tuple[int, int]:
@@ -49,3 +48,11 @@ def _attention(config: ModelConfig, B: int, T: int, S: int, pairs: int) -> int:
 
 def _feedforward(config: ModelConfig, tokens: int) -> int:
     return 2 * tokens * config.model_dim * config.hidden_dim * (3 if config.gated else 2)
+
+
+def _head(config: ModelConfig, B: int, T: int) -> int:
+    """Its matrices: of the transform on every token, the pooler on every row, and the scores of tokens or labels."""
+    D, vector = config.model_dim, config.head in ("pooled", "sequence")
+    scores = 0 if config.head in ("none", "pooled") else config.num_labels or config.vocab_size
+    squares = D * D * (config.head_transform + (config.pooler != "none"))
+    return 2 * (B if vector else B * T) * (squares + D * scores)

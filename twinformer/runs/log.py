@@ -63,7 +63,7 @@ def read_metrics(file: Path) -> list[Record]:
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             found.append(record)

@@ -48,7 +48,7 @@ def verify(directory: Path, *, run: str | None = None) -> Checkpoint:
     problems = Problems(str(directory), CheckpointError)
     try:
         record = json.loads(read_text(directory / RECORD_FILE))
-    except (CheckpointError, json.JSONDecodeError, RecursionError) as error:
+    except (CheckpointError, ValueError, RecursionError) as error:
         raise CheckpointError(str(directory), [f"{RECORD_FILE}: expected a record that reads, got: {error}"]) from None
     named = NAME.fullmatch(directory.name)
     keys = {"format": int, "run": str, "step": int, "states": dict, "files": dict, "digest": str}

@@ -137,9 +137,10 @@ def read_run(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(str(directory), [f"expected the directory of a run, got one without {RUN_FILE}"])
     problems = Problems(str(file), CheckpointError)
+    text = read_text(file)
     try:
-        found = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(str(file), [f"expected JSON, got text that does not parse: {error}"]) from None
     for key, kind in {"format": int, "run": str, "config": dict, "data": str}.items():
         good = isinstance(found, dict) and isinstance(found.get(key), kind)

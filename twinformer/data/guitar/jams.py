@@ -33,9 +33,10 @@ def read_jams(file: str | Path, *, tempo: float | None = None) -> Piece:
     file = Path(file)
     if file.is_file() and file.stat().st_size > _MAX_BYTES:
         raise InputError(str(file), [f"expected at most {_MAX_BYTES} bytes, got {file.stat().st_size}"])
+    text = read_text(file)
     try:
-        document = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(str(file), [f"expected JSON, got text that does not parse: {error}"]) from None
     annotations = document.get("annotations") if isinstance(document, dict) else None
     if not isinstance(annotations, list) or not all(isinstance(entry, dict) for entry in annotations):

@@ -69,7 +69,7 @@ class Vocabulary:
         """From a JSON list of strings. Raises InputError for anything else."""
         try:
             tokens = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError("Vocabulary", [f"expected a JSON list of strings, got: {error}"]) from None
         if not isinstance(tokens, list):
             raise InputError("Vocabulary", [f"expected a JSON list of strings, got {type(tokens).__name__}"])

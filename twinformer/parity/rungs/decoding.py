@@ -150,7 +150,7 @@ def layout(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
 
 def _look_for_vacuous(rung: Rung, twin: Twin, case: Case, plan: Plan, found: Decoded) -> None:
     """A history that nobody looks at would be the same cached or not: another token before the last has to be seen."""
-    if case.config.window == 1:
+    if case.config.ring_window == 1:
         rung.notes.append("with a window of 1 no token sees another: what is remembered is its own")
         return
     tokens = plan.tokens.copy()
