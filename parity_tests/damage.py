@@ -101,7 +101,8 @@ def _config(directory: Path, chance: random.Random) -> None:
 def _index(directory: Path, chance: random.Random) -> None:
     file = _pick(directory, chance, "*.index.json")
     if file is None:
-        return _config(directory, chance)
+        _config(directory, chance)
+        return
     values = json.loads(file.read_text())
     values["weight_map"][chance.choice(sorted(values["weight_map"]))] = "@@"
     file.write_text(json.dumps(values).replace('"@@"', chance.choice(_HOSTILE)))
@@ -136,7 +137,8 @@ def _cut(directory: Path, chance: random.Random) -> None:
 def _header(directory: Path, chance: random.Random) -> None:
     file = _pick(directory, chance, "*.safetensors")
     if file is None:
-        return _pickle(directory, chance)
+        _pickle(directory, chance)
+        return
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -250,5 +252,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     summary = run(asked.cases, asked.seed, asked.first)
     write_atomically(asked.out, lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
-    print(json.dumps(summary, indent=2))
     raise SystemExit(1 if summary["defects"] else 0)

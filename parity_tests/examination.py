@@ -49,7 +49,9 @@ class Prepared:
         self._runs = one, other
         self._replays = replays or {path: (replay(path), replay(path)) for path in MODULES}
         config = SimpleNamespace(window=None)
-        self.case = SimpleNamespace(in_dtype=lambda dtype: self.case, tensors={}, config=config)
+        self.case = SimpleNamespace(
+            in_dtype=lambda dtype: self.case, tensors={}, config=config, cotangent=np.zeros((1, 1, 1))
+        )
         self.twins = self._twin(0), self._twin(1)
         self.notices = 1e-9
 

@@ -7,6 +7,9 @@ import pytest
 from parity_tests import damage
 from twinformer.errors import CheckpointError
 
+# torch warns of pickles of other protocols before it refuses them; the suite would make an error of that
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+
 
 def test_damaged_directories_are_refused_or_read() -> None:
     summary = damage.run(300, seed=2)
@@ -14,7 +17,8 @@ def test_damaged_directories_are_refused_or_read() -> None:
     outcomes = summary["outcomes"]
     assert sum(outcomes.values()) == 300
     for call in ("convert", "inspect", "from_pretrained"):
-        assert outcomes[f"{call} read"] > 0 and outcomes[f"{call} refused"] > 0
+        assert outcomes[f"{call} read"] > 0
+        assert outcomes[f"{call} refused"] > 0
 
 
 def test_a_defect_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -555,20 +555,37 @@ def test_the_model_of_a_run(tmp_path):
 # ---- arithmetic
 
 
-@pytest.mark.parametrize("name", ["textbook-encoder", "textbook-encoder-decoder", "llama"])
-def test_operations_are_those_that_pytorch_counts(name):
+_LABELS = {"head": "tokens", "num_labels": 3}
+_ONE_LABEL = {"head": "sequence", "num_labels": 3, "pool": "mean", "pooler": "tanh"}
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("textbook-encoder", {}),
+        ("textbook-encoder-decoder", {"head_transform": True}),
+        ("llama", {}),
+        ("llama", {"head_transform": True}),
+        ("textbook-encoder", _LABELS),
+        ("textbook-encoder", _ONE_LABEL),
+    ],
+    ids=["encoder", "two stacks, transform", "llama", "llama, transform", "labels", "one label a row"],
+)
+def test_operations_are_those_that_pytorch_counts(name, choices):
     """PyTorch counts the whole square of causal attention: the half that is hidden is added here."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = preset(name).replace(context_length=32)
+    from torch_impl.fused import explicit_formulas
+
+    config = preset(name).replace(context_length=32, **choices)
     model = backends.make_model("torch", config, dict(_weights(config)))
     B, S, T = 2, 9, 7
     if config.architecture == "encoder-decoder":
         inputs = {"source": torch.zeros(B, S, dtype=torch.int64), "target": torch.zeros(B, T, dtype=torch.int64)}
     else:
         inputs = {"tokens": torch.zeros(B, T, dtype=torch.int64)}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with explicit_formulas(), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs)
     hidden = 0
     if config.architecture != "encoder":

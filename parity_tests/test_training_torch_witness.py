@@ -229,9 +229,15 @@ def loss_by_hand(config, tensors, micro, step, *, seed=7, order=(0, 1)):
     return total / sum(batch.count for batch in micro)
 
 
-def test_dropout_keys_and_allowed_tokens():
+@pytest.mark.parametrize(
+    "rates",
+    [{"dropout": 0.2, "attention_dropout": 0.1, "hidden_dropout": 0.1}, {"embedding_dropout": 0.2}],
+    ids=["blocks", "embeddings alone"],
+)
+def test_dropout_keys_and_allowed_tokens(rates):
     _, config, tensors = witness_models.gpt2(seed=3)
-    config = config.replace(dropout=0.2, attention_dropout=0.1, hidden_dropout=0.1)
+    assert (config.dropout, config.attention_dropout, config.hidden_dropout) == (0, 0, 0)
+    config = config.replace(**rates)
     trainer = Trainer(config, TrainingConfig(accumulation=2, seed=7, z_loss=1e-2))
     state = trainer.init(tensors)
     for step in range(2):

@@ -140,7 +140,7 @@ class StackConfig:
 
     def _resolve(self) -> None:
         layers: Any = self.window_layers
-        if isinstance(layers, list):  # as JSON has it
+        if isinstance(layers, list) and _fits(layers, tuple[int, ...]):  # as JSON has it
             object.__setattr__(self, "window_layers", tuple(layers))
         self._default("value_dim", self.key_dim)
         self._default("num_kv_heads", self.num_heads)
@@ -450,6 +450,8 @@ class ModelConfig(StackConfig):
         }
         for name, (none, heads) in unmade.items():
             value = getattr(self, name)
+            if name == "head_dropout" and not 0 <= value < 1:
+                continue  # said above
             problems.expect(
                 head in heads or value == none, f"{name}: expected {none!r} with head={head!r}, got {value!r}"
             )

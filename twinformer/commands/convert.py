@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,6 +83,4 @@ def pickles() -> Any:
     """What reads pickled weights, where PyTorch is installed."""
     if importlib.util.find_spec("torch") is None:
         return None
-    from torch_impl.pickled import open_pickled
-
-    return open_pickled
+    return importlib.import_module("torch_impl.pickled").open_pickled

@@ -33,8 +33,9 @@ def check(evidence: Evidence) -> Rung:
         blame(rung, evidence, backward=False, bound=BOUND)
     elif rung.verdict == "agree":
         _look_for_vacuous(rung, evidence)
-    tokens = evidence.case.inputs["target" if "target" in evidence.case.inputs else "tokens"]
-    window, length = evidence.case.config.window, tokens.shape[1]
+    window, length = evidence.case.config.window, torch_run.output.shape[1]
+    if torch_run.output.ndim == 2:  # one vector a row
+        length = evidence.case.inputs["tokens"].shape[1]
     if window is not None and window >= length:
         rung.notes.append(f"the window of {window} hides nothing from {length} tokens: it was not checked")
     return rung
