@@ -80,7 +80,6 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads])),
         )
 
     def hear(self) -> dict[str, Any]:

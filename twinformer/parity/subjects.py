@@ -6,12 +6,13 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinformer import pretrained
+from twinformer import pretrained, shipped
 from twinformer.checkpoint import read_model
 from twinformer.parity.case import Case, make_case, random_case, telling_inputs
 from twinformer.parity.judge import CannotJudgeError
 from twinformer.parity.sentences import SENTENCES
 from twinformer.presets import PRESETS, preset
+from twinformer.shipped import SHIPPED
 from twinformer.tokenization import Tokenizer
 
 # the name under which the trained sentence encoder can be asked for, and the package that carries its files
@@ -40,10 +41,10 @@ def find(name: str, seed: int = 0) -> Subject:
         return _published(name, sentence_encoder(), seed)
     directory = Path(name)
     if not directory.is_dir():
-        raise CannotJudgeError(
-            "subject",
-            [f"expected a model directory, {SENTENCE_ENCODER!r} or a preset ({', '.join(PRESETS)}), got {name!r}"],
-        )
+        directory = shipped.directory(name) or directory
+    if not directory.is_dir():
+        known = f"{SENTENCE_ENCODER!r}, a shipped model ({', '.join(SHIPPED)}) or a preset ({', '.join(PRESETS)})"
+        raise CannotJudgeError("subject", [f"expected a model directory, {known}, got {name!r}"])
     if pretrained.is_published(directory):
         return _published(directory.name, directory, seed)
     config, tensors = read_model(directory)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinformer import pretrained
+from twinformer import pretrained, shipped
 from twinformer.checkpoint import CONFIG_FILE, Tensors, read_model
 from twinformer.config import ModelConfig
 from twinformer.data.batch import Dataset
@@ -31,7 +31,11 @@ class Subject:
 
 
 def find(place: Path, *, checkpoint: str = "best", tell: Callable[[str], None] = lambda _: None) -> Subject:
-    """A run's ``best`` (if it has none, last) checkpoint, its ``last``, that of a step; or a model directory."""
+    """A run's ``best`` (if it has none, last) checkpoint, its ``last``, that of a step; a model directory; or, by its
+    name, a model that comes with the package.
+    """
+    if not place.is_dir():
+        place = shipped.directory(str(place)) or place
     if not (place / session.RUN_FILE).is_file():
         if not (place / CONFIG_FILE).is_file():
             raise CheckpointError(str(place), ["expected a run or a model directory, got neither"])
