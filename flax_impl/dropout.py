@@ -126,7 +126,18 @@ def _rounds(counter: Words, key: UInt32[Array, "2"]) -> Words:
 
 def _product(a: int, b: UInt32[Array, "*n"]) -> tuple[UInt32[Array, "*n"], UInt32[Array, "*n"]]:
     """High and low word of the 64-bit product a · b: JAX has no 64-bit integers unless told."""
-    return jax.lax.mulhi(jnp.uint32(a), b), jnp.uint32(a) * b
+    # one instruction, but one that XLA does not spread over several devices ("Unable to convert MHLO to StableHLO")
+    high = jax.lax.mulhi(jnp.uint32(a), b) if jax.device_count() == 1 else _high_word(a, b)
+    return high, jnp.uint32(a) * b
+
+
+def _high_word(a: int, b: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
+    """High word of a · b from products of halves, none of which exceeds 32 bits."""
+    a1, a0 = jnp.uint32(a >> 16), jnp.uint32(a & 0xFFFF)
+    b1, b0 = b >> 16, b & 0xFFFF
+    carried = (a0 * b0 >> 16) + (a1 * b0 & 0xFFFF) + (a0 * b1 & 0xFFFF)
+    high: Array = a1 * b1 + (a1 * b0 >> 16) + (a0 * b1 >> 16) + (carried >> 16)
+    return high
 
 
 def _words(key: Key) -> UInt32[Array, "2"]:

@@ -44,7 +44,7 @@ def test_agreement_is_exit_code_0_with_a_table_and_json(tmp_path):
     done = twinformer("parity", str(tmp_path / "model"), "--json", str(file), "--html", str(page))
     assert done.returncode == 0, done.stderr + done.stdout
     assert "verdict: agree" in done.stdout
-    assert "not run: rounding, compilation, accumulation, beams, sharding" in done.stdout
+    assert "not run: rounding, compilation, accumulation, beams, resumption, sharding" in done.stdout
     report = json.loads(file.read_text())
     assert report["verdict"] == "agree"
     verdicts = {rung["name"]: rung["verdict"] for rung in report["rungs"]}
@@ -80,7 +80,7 @@ def test_fresh_initial_weights_are_judged_too(tmp_path):
 
 def test_what_cannot_be_judged_is_exit_code_2(tmp_path):
     refused(twinformer("parity", "no-such-model"), "no-such-model", "textbook-encoder")
-    refused(twinformer("parity", "gpt2", "--rungs", "forwards,sharding"), "forwards", "sharding", "2 problems")
+    refused(twinformer("parity", "gpt2", "--rungs", "forwards,shards"), "forwards", "shards", "2 problems")
     refused(twinformer("parity", "gpt2", "--witness", "transformers"), "published")
     files = ("--json", str(tmp_path / "absent" / "x.json"), "--html", str(tmp_path))
     refused(twinformer("parity", "gpt2", *files), "absent", "got a directory")

@@ -1,6 +1,7 @@
 """One stream of random numbers: Philox4x32-10, bit for bit in both twins; dropout made of it."""
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flax_impl.dropout import _high_word as high_word
 from parity_tests.helpers import (
     FLAX,
     TORCH,
@@ -274,3 +276,13 @@ def test_dropout_can_fail(twin):
     for wrong in (X * kept, X * kept / 0.25, X * ~kept / 0.75, X * shared / 0.75):
         with pytest.raises(AssertionError):
             assert_close(right, wrong)
+
+
+def test_the_high_word_from_halves_is_the_high_word():
+    """What takes the place of one instruction where there are several devices."""
+    edges = [0, 1, 2**16 - 1, 2**16, 2**16 + 1, 2**31, 2**32 - 2**16, 2**32 - 1]
+    drawn = np.random.default_rng(0).integers(0, 2**32, 10_000)
+    words = np.concatenate([np.array(edges), drawn]).astype(np.uint32)
+    for factor in (0xD2511F53, 0xCD9E8D57):
+        wanted = (words.astype(np.uint64) * factor >> 32).astype(np.uint32)
+        assert np.array_equal(np.asarray(high_word(factor, jnp.asarray(words))), wanted)

@@ -14,7 +14,7 @@ from twinformer.parity import CannotJudgeError, judge, random_case
 from twinformer.parity.case import telling_inputs
 from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs import BY_DEFAULT, LADDER, RUNNABLE, forward, gradients, parameters, precision
+from twinformer.parity.rungs import BY_DEFAULT, LADDER, forward, gradients, parameters, precision
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.presets import PRESETS, preset
 
@@ -45,7 +45,14 @@ def test_presets_agree_at_full_length(name):
 
 
 def test_what_is_run_by_default():
-    assert set(BY_DEFAULT) == set(RUNNABLE) - {"rounding", "compilation", "accumulation", "beams"}
+    assert set(BY_DEFAULT) == {step.name for step in LADDER} - {
+        "rounding",
+        "compilation",
+        "accumulation",
+        "beams",
+        "resumption",
+        "sharding",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +273,7 @@ def test_rung_3_finds_low_precision_where_wide_was_promised(case):
     assert any("float32" in problem for problem in rung.problems)
 
 
-@pytest.mark.parametrize("rungs", [["forwards"], ["parameters", "sharding"], []])
+@pytest.mark.parametrize("rungs", [["forwards"], ["parameters", "shards"], []])
 def test_unknown_rungs_are_refused_before_any_work(rungs, case):
     with pytest.raises(CannotJudgeError, match="rungs"):
         judge(case, rungs=rungs)

@@ -10,7 +10,7 @@ import torch_impl
 from parity_tests.helpers import shape_hook_off
 from twinformer.parity import judge, random_case
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs import calls, compilation, forward, nonfinite, optimizer, persistence
+from twinformer.parity.rungs import calls, compilation, forward, nonfinite, optimizer, persistence, resumption, sharding
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.presets import preset
 
@@ -245,3 +245,72 @@ def test_another_dtype_is_found():
     rung = persistence.check(Evidence(small("llama"), (TorchTwin(), Widens())))
     assert rung.verdict == "differ"
     assert any("expected bfloat16" in problem and "float64 in the model" in problem for problem in rung.problems)
+
+
+# ---- a run that was stopped
+
+
+@pytest.mark.parametrize("name", ["textbook-encoder-decoder", "bert"])
+def test_a_stopped_run_goes_on_in_either_twin(name):
+    rung = resumption.check(Evidence(small(name, num_layers=1)))
+    assert rung.verdict == "agree", rung.problems
+    assert rung.checked.startswith("4 ways, ")
+
+
+class Forgetful(TorchTwin):
+    """Writes or reads a state with one leaf lost."""
+
+    def __init__(self, leaf, *, reads):
+        self.leaf, self.reads = leaf, reads
+
+    def train(self, *arguments, begin=None, **options):
+        def lost(state):
+            return {
+                name: np.zeros_like(value) if name.startswith(self.leaf) else value for name, value in state.items()
+            }
+
+        begin = lost(begin) if begin is not None and self.reads else begin
+        runs = super().train(*arguments, begin=begin, **options)
+        return runs if self.reads else [dataclasses.replace(run, exported=lost(run.exported)) for run in runs]
+
+
+@pytest.mark.parametrize("leaf", ["optimizer/exp_avg_sq/", "optimizer/ema/stack.final_norm.weight", "optimizer/step"])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_state_that_was_not_kept_whole_is_found(leaf, reads):
+    case = small("textbook-decoder", num_layers=1)
+    rung = resumption.check(Evidence(case, (Forgetful(leaf, reads=reads), FlaxTwin())))
+    assert rung.verdict == "differ"
+    ways = {one.name.rpartition(", ")[2].rstrip(")") for one in rung.comparisons if not one.agrees}
+    assert ways == (
+        {"torch_impl to torch_impl", "flax_impl to torch_impl"}
+        if reads
+        else {"torch_impl to torch_impl", "torch_impl to flax_impl"}
+    )
+
+
+# ---- several devices
+
+
+def test_spread_over_devices_they_compute_the_same():
+    rung = sharding.check(Evidence(small("textbook-encoder-decoder", num_layers=1), with_gradients=True))
+    assert rung.verdict == "agree", rung.problems
+    assert rung.checked.startswith("2 twins, ")
+    cut = [note.partition(": ")[2] for note in rung.notes]
+    # an encoder of two, a decoder of one
+    assert cut[0] == "2 processes, 3 blocks and the model sharded"
+    assert cut[1].startswith("4 devices, ")
+
+
+@pytest.mark.parametrize(("fault", "twin"), [("gradients_averaged", "torch_impl"), ("words_by_place", "flax_impl")])
+def test_a_run_that_depends_on_the_devices_is_found(fault, twin):
+    evidence = Evidence(small("textbook-decoder", num_layers=1), with_gradients=True)
+    rung = sharding.check(evidence, prepare=f"parity_tests.sharding_faults:{fault}")
+    assert rung.verdict == "differ"
+    assert all(f"({twin}, sharded)" in problem for problem in rung.problems)
+
+
+def test_a_process_that_dies_is_no_agreement():
+    evidence = Evidence(small("textbook-decoder", num_layers=1), with_gradients=True)
+    rung = sharding.check(evidence, prepare="parity_tests.sharding_faults:dies")
+    assert rung.verdict == "cannot tell"
+    assert rung.problems == [f"{twin}: OSError: a device was lost" for twin in ("torch_impl", "flax_impl")]

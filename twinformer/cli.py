@@ -89,14 +89,14 @@ def parity(
 
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
         from twinformer.parity.judge import check_rungs, judge
-        from twinformer.parity.rungs import BY_DEFAULT, RUNNABLE
+        from twinformer.parity.rungs import BY_DEFAULT, LADDER
         from twinformer.parity.subjects import find
         from twinformer.parity.witness import witnesses_for
 
         if rungs is None:
             wanted = BY_DEFAULT
         elif rungs == "all":
-            wanted = RUNNABLE
+            wanted = tuple(step.name for step in LADDER)
         else:
             wanted = tuple(name.strip() for name in rungs.split(",") if name.strip())
         check_rungs(wanted)

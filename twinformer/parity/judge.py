@@ -13,7 +13,7 @@ from twinformer.errors import Problems, TwinformerError
 from twinformer.parity.case import Case
 from twinformer.parity.evidence import Evidence, Progress
 from twinformer.parity.report import Report
-from twinformer.parity.rungs import BY_DEFAULT, LADDER, RUNNABLE
+from twinformer.parity.rungs import BY_DEFAULT, LADDER
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung
 
@@ -43,7 +43,7 @@ def judge(
     evidence = Evidence(case, twins, with_gradients=needs_gradients, progress=progress)
     report = Report(subject=case.name, description=describe(case.config), rungs={}, config=case.config.to_dict())
     for step in LADDER:
-        if step.name not in rungs or step.check is None:
+        if step.name not in rungs:
             continue
         progress(f"rung {step.number}: {step.name}")
         began = time.perf_counter()
@@ -72,15 +72,13 @@ def judge(
 
 
 def check_rungs(rungs: Sequence[str]) -> None:
-    """Raise CannotJudgeError naming every rung that does not exist, or that nothing can run yet."""
+    """Raise CannotJudgeError naming every rung that does not exist."""
     problems = Problems("rungs", CannotJudgeError)
     known = [step.name for step in LADDER]
     for name in rungs:
         if name not in known:
             problems.add(f"expected rungs of the ladder ({', '.join(known)}), got {name!r}")
-        elif name not in RUNNABLE:
-            problems.add(f"{name}: cannot be run yet; those that can are {', '.join(RUNNABLE)}")
-    problems.expect(bool(rungs), f"expected at least one of {', '.join(RUNNABLE)}, got none")
+    problems.expect(bool(rungs), f"expected at least one of {', '.join(known)}, got none")
     problems.raise_if_any()
 
 

@@ -332,7 +332,7 @@ def _compare_refusals(case: Case, twins: tuple[Twin, Twin]) -> Climbed:
     return Climbed(REFUSAL, "differ", math.inf, f"{told[0]!r} against {told[1]!r}")
 
 
-_ORDER = (*(step.name for step in LADDER if step.check is not None),)
+_ORDER = tuple(step.name for step in LADDER)
 
 
 def _key(case: Case) -> tuple[Any, ...]:

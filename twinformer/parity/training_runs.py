@@ -41,19 +41,26 @@ class Step:
 @dataclass(frozen=True)
 class Trained:
     """A run. ``state``: what is kept besides the parameters, by name, after the last step; ``weights``: what would be
-    saved; ``evaluation``: of the first micro-batch, with those (None: not asked for)."""
+    saved; ``evaluation``: of the first micro-batch, with those (None: not asked for); ``exported``: all that a
+    trainer needs to go on."""
 
     steps: tuple[Step, ...]
     state: Leaves
     weights: Leaves
     evaluation: Evaluation | None = None
+    exported: dict[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
 
 
 def train(
-    trainer: Trainer, tensors: Mapping[str, Any], lessons: Sequence[Sequence[Batch]], *, evaluate: bool
+    trainer: Trainer,
+    tensors: Mapping[str, Any],
+    lessons: Sequence[Sequence[Batch]],
+    *,
+    evaluate: bool,
+    begin: Mapping[str, Any] | None = None,
 ) -> Trained:
-    """Every step of a twin's trainer, from these weights."""
-    state = trainer.init(tensors)
+    """Every step of a twin's trainer, from these weights, or from where another run was left (its ``exported``)."""
+    state = trainer.init(tensors) if begin is None else trainer.import_state(begin)
     before = _parameters(trainer.export_state(state))
     steps = []
     for batches in lessons:
@@ -69,9 +76,11 @@ def train(
             )
         )
         before = after
-    kept = {name: widened(leaf) for name, leaf in trainer.export_state(state).items() if name.startswith("optimizer/")}
+    exported = {name: np.array(leaf) for name, leaf in trainer.export_state(state).items()}
+    kept = {name: widened(leaf) for name, leaf in exported.items() if name.startswith("optimizer/")}
     weights = {path: widened(leaf) for path, leaf in trainer.weights(state).items()}
-    return Trained(tuple(steps), kept, weights, trainer.evaluate(state, lessons[0][0]) if evaluate else None)
+    evaluation = trainer.evaluate(state, lessons[0][0]) if evaluate else None
+    return Trained(tuple(steps), kept, weights, evaluation, exported)
 
 
 def _parameters(exported: Mapping[str, npt.NDArray[Any]]) -> Leaves:

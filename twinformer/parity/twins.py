@@ -129,9 +129,16 @@ class Twin(Protocol):
         """What the twin loads from a model directory, as its bridge gives it back."""
 
     def train(
-        self, case: Case, training: TrainingConfig, runs: Sequence[Sequence[Sequence[Batch]]], *, evaluate: bool = True
+        self,
+        case: Case,
+        training: TrainingConfig,
+        runs: Sequence[Sequence[Sequence[Batch]]],
+        *,
+        evaluate: bool = True,
+        begin: Arrays | None = None,
     ) -> list[Trained]:
-        """Runs of one trainer, each from the case's weights: steps of micro-batches. No module is watched."""
+        """Runs of one trainer: steps of micro-batches, each from the case's weights, or from ``begin``, where another
+        run was left. No module is watched."""
 
     def decoders(self, case: Case) -> contextlib.AbstractContextManager[Callable[[Case], Decoder]]:
         """Within, what makes decoders of cases that differ from ``case`` in weights and inputs only."""
@@ -276,10 +283,16 @@ class TorchTwin:
         return torch_impl.export_weights(torch_impl.load(directory))
 
     def train(
-        self, case: Case, training: TrainingConfig, runs: Sequence[Sequence[Sequence[Batch]]], *, evaluate: bool = True
+        self,
+        case: Case,
+        training: TrainingConfig,
+        runs: Sequence[Sequence[Sequence[Batch]]],
+        *,
+        evaluate: bool = True,
+        begin: Arrays | None = None,
     ) -> list[Trained]:
         trainer = torch_training.Trainer(case.config, training)
-        return [train(trainer, case.tensors, lessons, evaluate=evaluate) for lessons in runs]
+        return [train(trainer, case.tensors, lessons, evaluate=evaluate, begin=begin) for lessons in runs]
 
     @contextlib.contextmanager
     def decoders(self, case: Case) -> Iterator[Callable[[Case], Decoder]]:
@@ -431,11 +444,17 @@ class FlaxTwin:
             return leaves
 
     def train(
-        self, case: Case, training: TrainingConfig, runs: Sequence[Sequence[Sequence[Batch]]], *, evaluate: bool = True
+        self,
+        case: Case,
+        training: TrainingConfig,
+        runs: Sequence[Sequence[Sequence[Batch]]],
+        *,
+        evaluate: bool = True,
+        begin: Arrays | None = None,
     ) -> list[Trained]:
         with _x64(case), hurried(case.tensors), jax.default_matmul_precision("highest"):
             trainer = flax_training.Trainer(case.config, training)
-            return [train(trainer, case.tensors, lessons, evaluate=evaluate) for lessons in runs]
+            return [train(trainer, case.tensors, lessons, evaluate=evaluate, begin=begin) for lessons in runs]
 
     @contextlib.contextmanager
     def decoders(self, case: Case) -> Iterator[Callable[[Case], Decoder]]:

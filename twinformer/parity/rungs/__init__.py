@@ -22,8 +22,10 @@ from twinformer.parity.rungs import (
     parameters,
     persistence,
     precision,
+    resumption,
     rounding,
     sampling,
+    sharding,
     stochastic,
     training,
 )
@@ -32,15 +34,12 @@ from twinformer.parity.verdict import Rung
 
 @dataclass(frozen=True)
 class Step:
-    """One rung of the ladder. ``check`` is None where there is nothing that runs it yet.
-
-    ``by_default``: run where nobody names rungs. What takes long is run when it is asked for.
-    """
+    """One rung of the ladder. ``by_default``: run where nobody names rungs. What takes long is run when asked for."""
 
     number: int
     name: str
     asks: str
-    check: Callable[[Evidence], Rung] | None = None
+    check: Callable[[Evidence], Rung]
     by_default: bool = True
 
 
@@ -61,10 +60,10 @@ LADDER = (
     Step(8, "sampling", "what is drawn, on ties and boundaries, and what is written with it", sampling.check),
     Step(8, "beams", "beam search; greedy texts, streams and scores", beams.check, by_default=False),
     Step(9, "persistence", "saved by one, loaded by the other, bit for bit", persistence.check),
-    Step(10, "sharding", "sharded = single device"),
+    Step(9, "resumption", "a run that was stopped goes on in either twin", resumption.check, by_default=False),
+    Step(10, "sharding", "sharded = single device", sharding.check, by_default=False),
 )
 
-RUNNABLE = tuple(step.name for step in LADDER if step.check is not None)
-BY_DEFAULT = tuple(step.name for step in LADDER if step.check is not None and step.by_default)
+BY_DEFAULT = tuple(step.name for step in LADDER if step.by_default)
 
-__all__ = ["BY_DEFAULT", "LADDER", "RUNNABLE", "Step"]
+__all__ = ["BY_DEFAULT", "LADDER", "Step"]

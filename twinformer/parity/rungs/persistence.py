@@ -47,6 +47,4 @@ def check(evidence: Evidence) -> Rung:
                                 f"{leaves[path].dtype} in the model"
                             )
                         comparisons.append(compare(f"{path} ({label})", leaves[path], tensor, bound=0.0))
-    rung = rung_of(f"{2 * 2 * len(DTYPES)} ways, {len(comparisons)} tensors", comparisons, problems)
-    rung.notes.append("weights and configuration only: there is no training state to resume from yet")
-    return rung
+    return rung_of(f"{2 * 2 * len(DTYPES)} ways, {len(comparisons)} tensors", comparisons, problems)

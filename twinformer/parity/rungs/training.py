@@ -51,7 +51,7 @@ def check(evidence: Evidence) -> Rung:
     whole = evidence.case
     if not whole.config.predicts_tokens:
         return does_not_apply("the model predicts no tokens")
-    case, batches = _case(whole)
+    case, batches = prepared(whole)
     training = _training(evidence.twins[0], case, batches)
     evidence.progress(f"the judge: {STEPS} steps by hand")
     by_hand = train_by_hand(evidence.twins[0], case, training, batches)
@@ -75,10 +75,10 @@ def check(evidence: Evidence) -> Rung:
     comparisons: list[Comparison] = []
     problems: list[str] = []
     for label, (one, other, left, right) in pairs.items():
-        problems += _set_problems(label, one, other, (left, right))
-        comparisons += _compared(label, one, other)
+        problems += state_problems(label, one, other, (left, right))
+        comparisons += compared(label, one, other)
     if first_parted(comparisons):  # whose step is it?
-        more = _compared(f"{second}, by hand", runs[1], by_hand)
+        more = compared(f"{second}, by hand", runs[1], by_hand)
         comparisons += [] if all(one.agrees for one in more) else more
     parted = first_parted(comparisons)
     rung = rung_of(f"{STEPS} steps, {len(comparisons)} figures", comparisons, problems)
@@ -99,7 +99,7 @@ def first_parted(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [one for one in differing if _when(one) == earliest]
 
 
-def _case(whole: Case) -> tuple[Case, list[list[Batch]]]:
+def prepared(whole: Case) -> tuple[Case, list[list[Batch]]]:
     """The model cut down, in float64 and with dropout, and what it is taught."""
     config = whole.config.replace(**_RATES)
     small = dataclasses.replace(whole, config=config)
@@ -124,7 +124,7 @@ def _kinds(run: Trained, training: TrainingConfig) -> set[bool]:
     return {step.gradient_norm > (training.optimizer.clip_norm or math.inf) for step in run.steps if step.count}
 
 
-def _compared(label: str, one: Trained, other: Trained) -> list[Comparison]:
+def compared(label: str, one: Trained, other: Trained) -> list[Comparison]:
     """Step by step what was told and every update, then what is left at the end."""
     found = []
     for step, (ours, theirs) in enumerate(zip(one.steps, other.steps, strict=True)):
@@ -138,6 +138,8 @@ def _compared(label: str, one: Trained, other: Trained) -> list[Comparison]:
     at = f"step {len(one.steps)}, {label}"  # after the last
     found += _leaves("", at, one.state, other.state)
     found += _leaves("saved ", at, one.weights, other.weights)
+    if one.evaluation is None and other.evaluation is None:
+        return found
     for name in ("total", "count", "correct"):
         a, b = (np.array([float(getattr(run.evaluation, name))]) for run in (one, other))
         found.append(compare(f"evaluation: {name} ({at})", a, b, bound=BOUND if name == "total" else 0.0))
@@ -154,7 +156,7 @@ def _leaves(prefix: str, at: str, ours: Leaves, theirs: Leaves) -> list[Comparis
     ]
 
 
-def _set_problems(label: str, one: Trained, other: Trained, sides: tuple[str, str]) -> list[str]:
+def state_problems(label: str, one: Trained, other: Trained, sides: tuple[str, str]) -> list[str]:
     problems = set_problems(f"{label}: state", one.state, other.state, sides)
     problems += set_problems(f"{label}: saved weights", one.weights, other.weights, sides)
     for ours, theirs in zip(one.steps[:1], other.steps[:1], strict=True):

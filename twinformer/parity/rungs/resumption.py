@@ -1,0 +1,61 @@
+"""Rung 9, continued: a run that was stopped goes on in either framework as if nothing had happened.
+
+Each twin runs to the end, and once more to the middle, where all that its trainer needs is written to a file. Both
+twins go on from both files. In the framework that wrote it the rest is the same bit for bit; in the
+other one it is that one's own run within the bound of rung 6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from twinformer.parity.case import Arrays
+from twinformer.parity.compare import Comparison
+from twinformer.parity.cut import describe
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs import training as rung_6
+from twinformer.parity.verdict import Rung, does_not_apply, rung_of
+
+STEPS, STOP = 6, 3
+
+
+def check(evidence: Evidence) -> Rung:
+    """Compare what the remaining steps tell and move, and what is left at the end."""
+    whole = evidence.case
+    if not whole.config.predicts_tokens:
+        return does_not_apply("the model predicts no tokens")
+    case, batches = rung_6.prepared(whole)
+    training, lessons = rung_6.TRAINING, batches[:STEPS]
+    comparisons: list[Comparison] = []
+    problems: list[str] = []
+    full, left = {}, {}
+    for twin in evidence.twins:
+        evidence.progress(f"{twin.name}: {STEPS} steps, and {STOP} of them")
+        full[twin.name], half = twin.train(case, training, [lessons, lessons[:STOP]], evaluate=False)
+        left[twin.name] = _through_a_file(half.exported)
+    for saver, state in left.items():
+        for twin in evidence.twins:
+            evidence.progress(f"{twin.name}: goes on where {saver} stopped")
+            (rest,) = twin.train(case, training, [lessons[STOP:]], evaluate=False, begin=state)
+            label = f"{saver} to {twin.name}"
+            wanted = dataclasses.replace(full[twin.name], steps=full[twin.name].steps[STOP:])
+            problems += rung_6.state_problems(label, rest, wanted, ("resumed", "without a stop"))
+            found = rung_6.compared(label, rest, wanted)
+            if saver == twin.name:
+                found = [dataclasses.replace(one, bound=0.0) for one in found]
+            comparisons += found
+    rung = rung_of(f"4 ways, {len(comparisons)} figures", comparisons, problems)
+    rung.notes += describe(case.config, whole.config)
+    return rung
+
+
+def _through_a_file(state: Arrays) -> Arrays:
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "state.safetensors"
+        save_file({name: np.asarray(leaf, order="C") for name, leaf in state.items()}, file)
+        return load_file(file)
