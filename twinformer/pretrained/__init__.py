@@ -21,6 +21,7 @@ from twinformer.errors import CheckpointError, ConfigError
 from twinformer.pretrained import (
     bart,
     bert,
+    distilbert,
     files,
     gemma,
     gemma2,
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     for module in (
         # encoders
         bert,
+        distilbert,
         roberta,
         # decoders
         gpt2,

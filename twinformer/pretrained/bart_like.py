@@ -90,6 +90,7 @@ def to_config(subject: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "feedforward_bias": True,
         "qkv_bias": True,
         "output_bias": True,
+        "position_counting": "places",
         "share_embeddings": True,
         "embedding_scale": D**0.5 if values["scale_embedding"] else None,
         "dropout": values["dropout"],

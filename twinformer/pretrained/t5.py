@@ -1,8 +1,8 @@
 """T5 (Raffel et al. 2020, arXiv:1910.10683) as ``transformers`` publishes it: ``T5ForConditionalGeneration``.
 
-Pre-norm blocks with RMSNorm and no biases at all; relative positions, a table for each stack, held by its first block;
-scores are not scaled; one table of tokens. Version 1.0 has ReLU and a tied head whose states are multiplied by
-``D^-0.5``; version 1.1 (and Flan) a gated GELU and a head of its own, unscaled.
+Pre-norm blocks with RMSNorm and no biases at all; relative positions, counted over all places of a row, with a table
+for each stack, held by its first block; scores are not scaled; one table of tokens. Version 1.0 has ReLU and a tied
+head whose states are multiplied by ``D^-0.5``; version 1.1 (and Flan) a gated GELU and a head of its own, unscaled.
 
 Its dropout of the last states of each stack has no place in our model: it matters in training only.
 """
@@ -62,6 +62,7 @@ def _to_config(values: Mapping[str, Any]) -> dict[str, Any]:
         "feedforward_bias": False,
         "attention_scale": 1.0,
         "positions": "relative",
+        "position_counting": "places",
         "relative_buckets": values["relative_attention_num_buckets"],
         "relative_max_distance": values["relative_attention_max_distance"],
         "share_embeddings": True,
