@@ -277,3 +277,45 @@ def test_a_head_of_its_own_with_both_names_of_its_bias(twin, family, tmp_path):
     assert_close(
         to_numpy(ours(twin.array(tokens), padding_mask=twin.array(real)))[real], to_numpy(expected)[real], 1e-11
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "bias", "copy"),
+    [
+        ("bert", "cls.predictions.bias", "cls.predictions.decoder.bias"),
+        ("roberta", "lm_head.bias", "lm_head.decoder.bias"),
+    ],
+)
+def test_the_other_name_of_the_bias_repeats_it_or_is_refused(family, bias, copy, tied, tmp_path):
+    published(family, "ForMaskedLM", tmp_path, tie_word_embeddings=tied)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {copy: tensors[bias]}, tmp_path / "model.safetensors")
+    read = pretrained.read(tmp_path)
+    assert_close(read.tensors["head.bias"], tensors[bias], 0.0)
+    assert read.left_out == ()
+    other = tensors[bias].copy()
+    other[3] += 1e-12
+    save_file(tensors | {copy: other}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"{copy}: expected the values of {bias} .tied weights., got others"):
+        pretrained.read(tmp_path)
+    save_file({name: a for name, a in tensors.items() if name != copy}, tmp_path / "model.safetensors")
+    assert_close(pretrained.read(tmp_path).tensors["head.bias"], tensors[bias], 0.0)
+
+
+@pytest.mark.parametrize(("family", "other"), [("bert", "real"), ("distilbert", "real"), ("roberta", "places")])
+def test_another_counting_of_positions_shows(family, other, tmp_path):
+    """With padding on the left and in between; and the family cannot express it."""
+    model = published(family, "Model", tmp_path / "model")
+    read = pretrained.read(tmp_path / "model")
+    tokens, real = inputs()
+    with wide(), torch.no_grad():
+        expected = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(real.astype(np.int64)))
+    config = read.config.replace(position_counting=other)
+    ours = build(TORCH, config, read.tensors)
+    found = to_numpy(ours(TORCH.array(tokens), padding_mask=TORCH.array(real)))
+    off = np.abs(found - to_numpy(expected.last_hidden_state)).max(-1)
+    assert off[:2][real[:2]].max() < 1e-11  # where there is none, or on the right
+    assert min(off[2][real[2]].min(), off[3][real[3]].max()) > 1e-3
+    with pytest.raises(ConfigError, match=f"position_counting: expected .*, got '{other}'"):
+        pretrained.write(tmp_path / "back", config, read.tensors, family=family)

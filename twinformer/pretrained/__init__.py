@@ -28,8 +28,11 @@ from twinformer.pretrained import (
     gemma3,
     gpt2,
     llama,
+    m2m_100,
     marian,
+    mbart,
     mistral,
+    mt5,
     phi3,
     published,
     qwen2,
@@ -75,8 +78,11 @@ FAMILIES: dict[str, Family] = {
         phi3,
         # encoders with a decoder
         t5,
+        mt5,
         bart,
+        mbart,
         marian,
+        m2m_100,
     )
 }
 
