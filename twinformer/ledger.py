@@ -236,7 +236,7 @@ LEDGER: tuple[Choice, ...] = (
         "positions under padding",
         ("position_counting",),
         "counted over real tokens, left or right padded (real), or over all places of a row, padding included (places: "
-        "BERT, DistilBERT, BART, mBART, Marian, T5 as published); explicit positions win.",
+        "BERT, DistilBERT, BART, mBART, Marian, T5, mT5 as published); explicit positions win.",
         (
             "test_models.py::test_padding_on_either_side_is_no_padding",
             "test_models.py::test_places_are_counted_with_their_padding",
