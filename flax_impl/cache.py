@@ -5,7 +5,7 @@ A cache is a plain nested mapping of arrays that goes in and comes out. With C s
     blocks    by number: keys [B, G, C, K], values [B, G, C, J] (after norm and rotary), broken Bool[B, C]
     real      Bool[B, C]      which slots hold real tokens
     positions Int[B, C]       for relative and ALiBi biases
-    counted   Int[B]          real tokens so far
+    counted   Int[B]          real tokens so far, or all places, as config.position_counting says
     step      Int[]           positions seen so far, padding included
     memory    of an encoder-decoder: blocks by number (the same with S for C), and real Bool[B, S]
 
@@ -171,7 +171,7 @@ def _open_cache(
     A query with index i sees the key with index j iff that was seen, ``j <= i``, it is real, and, in a block with a
     window, ``j > i - window``. ``fresh``: the cache is known to be empty.
     """
-    window = config.window
+    window, in_places = config.window, config.position_counting == "places"
     T, C = real.shape[1], cache["real"].shape[1]
     step = jnp.zeros((), jnp.int32) if fresh else cache["step"]
     ring = _is_ring(config, C)
@@ -193,7 +193,7 @@ def _open_cache(
         **cache,
         "real": all_real,
         "positions": all_positions,
-        "counted": cache["counted"] + jnp.sum(real, axis=1, dtype=jnp.int32),
+        "counted": cache["counted"] + (T if in_places else jnp.sum(real, axis=1, dtype=jnp.int32)),
         "step": step + T,
     }
     allowed, unbounded = ((kind & real_keys[:, None, :])[:, None] for kind in (seen, everything))

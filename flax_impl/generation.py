@@ -208,16 +208,17 @@ def score(
     problems = Problems("score", InputError)
     B, got, N = prompts.shape[0], continuations.shape[0], config.context_length
     if problems.expect(got == B, f"continuations: expected the batch of prompts, B={B}, got {got}"):
-        longest = int((before.real.sum(1) + after.real.sum(1)).max())
+        longest = int((_kept(config, before.real).sum(1) + after.real.sum(1)).max())
         problems.expect(
             longest <= N + 1,
             f"continuations: expected at most {N + 1} tokens with the prompt (context_length={N}), got {longest}",
         )
     problems.raise_if_any()
+    kept = np.concatenate([_kept(config, before.real), after.real], 1)
     both = _Text(np.concatenate([before.ids, after.ids], 1), np.concatenate([before.real, after.real], 1))
-    packed = _packed(both, max(longest, 2), left=True)
+    packed = _packed(both, kept, max(longest, 2), left=True)
     # place i of the logits is about the packed token i + 1
-    asked = before.real.sum(1)[:, None] + np.cumsum(after.real, axis=1) - 1
+    asked = _kept(config, before.real).sum(1)[:, None] + np.cumsum(after.real, axis=1) - 1
     places = (np.clip(asked, 1, packed.ids.shape[1] - 1) - 1).astype(np.int32)
     ids, real, targets = packed.ids[:, :-1], packed.real[:, :-1], packed.ids[:, 1:]
     if source is None:
@@ -256,6 +257,7 @@ class _Ask(NamedTuple):
     """All that a call is about, as arrays: another value needs no other program."""
 
     prompts: Int[Array, "B T"]  # padding on the left
+    begin: Int[Array, " B"]  # the position of the first place: 0, or with places counted that of a row as it was given
     real: Bool[Array, "B T"]
     source: Int[Array, "B S"] | None  # padding on the right
     source_real: Bool[Array, "B S"] | None
@@ -297,7 +299,8 @@ def _asked(
         allowed=allowed,
     )
     text = _checked_texts(where, config, prompts, real, source, source_real)
-    B, longest = len(text.ids), _longest(text)
+    kept = _kept(config, text.real)
+    B, longest = len(text.ids), _longest(kept)
     check_room(where, longest=longest, max_new_tokens=max_new_tokens, slots=room)
     rows = np.arange(B) if rows is None else rows
     problems = Problems(where, InputError)
@@ -306,11 +309,13 @@ def _asked(
     is_whole = isinstance(pad_id, int) and not isinstance(pad_id, bool) and abs(pad_id) < 2**31
     problems.expect(is_whole, f"pad_id: expected a whole number of 32 bits, got {pad_id!r}")
     problems.raise_if_any()
-    prompt = _packed(text, min(_rounded(longest, bucket), room), left=False)
+    prompt = _packed(text, kept, min(_rounded(longest, bucket), room), left=False)
+    begin = np.zeros(B, int) if config.position_counting == "real" else kept.sum(1) - prompt.ids.shape[1]
     encoded = None
     if source is not None:
         encoded = _pair(source, source_real)
-        encoded = _packed(encoded, min(_rounded(_longest(encoded), bucket), N), left=True)
+        whole = _kept(config, encoded.real)
+        encoded = _packed(encoded, whole, min(_rounded(_longest(whole), bucket), N), left=True)
     if allowed is not None:
         allowed = np.asarray(allowed)[:, :max_new_tokens]
         filled = _rounded(max_new_tokens, bucket) - max_new_tokens
@@ -319,6 +324,7 @@ def _asked(
     stops[list(stop.tokens)] = True
     return _Ask(
         prompts=jnp.asarray(prompt.ids),
+        begin=jnp.asarray(begin, jnp.int32),
         real=jnp.asarray(prompt.real),
         source=None if encoded is None else jnp.asarray(encoded.ids),
         source_real=None if encoded is None else jnp.asarray(encoded.real),
@@ -336,8 +342,17 @@ def _pair(ids: Any, real: Any) -> _Text:
     return _Text(ids, np.ones(ids.shape, bool) if real is None else np.asarray(real))
 
 
-def _longest(text: _Text) -> int:
-    return int(text.real.sum(axis=1).max())
+def _kept(config: ModelConfig, real: Bool[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+    """What the model is given of each row: its real tokens, or all that stands before its end where places count."""
+    if config.position_counting == "real":
+        return real
+    place = np.arange(real.shape[1])
+    ends: npt.NDArray[np.int64] = np.where(real, place + 1, 0).max(axis=1, initial=0)
+    return place < ends[:, None]
+
+
+def _longest(kept: Bool[np.ndarray, "B T"]) -> int:
+    return int(kept.sum(axis=1).max())
 
 
 def _rounded(length: int, bucket: int) -> int:
@@ -345,15 +360,15 @@ def _rounded(length: int, bucket: int) -> int:
     return max(-(-length // bucket), 1) * bucket
 
 
-def _packed(text: _Text, width: int, *, left: bool) -> _Text:
-    """Real tokens side by side at the left or the right end of ``width`` columns, in their order; padding has id 0."""
-    order = np.argsort(~text.real if left else text.real, axis=1, kind="stable")
+def _packed(text: _Text, kept: Bool[np.ndarray, "B T"], width: int, *, left: bool) -> _Text:
+    """What is kept side by side at the left or the right end of ``width`` columns, in its order; padding has id 0."""
+    order = np.argsort(~kept if left else kept, axis=1, kind="stable")
     ids, real = (np.take_along_axis(array, order, axis=1) for array in text)
     ids = np.where(real, ids, 0)
     missing = max(width - ids.shape[1], 0)
     margin = ((0, 0), (0, missing) if left else (missing, 0))
-    kept = slice(0, width) if left else slice(ids.shape[1] + missing - width, None)
-    return _Text(np.pad(ids, margin)[:, kept], np.pad(real, margin)[:, kept])
+    end = slice(0, width) if left else slice(ids.shape[1] + missing - width, None)
+    return _Text(np.pad(ids, margin)[:, end], np.pad(real, margin)[:, end])
 
 
 def _check_writer(where: str, model: Any, slots: int | None = None, bucket: int = 1) -> None:
@@ -386,8 +401,9 @@ def _checked_texts(where: str, config: ModelConfig, prompts: Any, real: Any, sou
         _check_text(where, "source", source, config.source_vocab_size, source_real, "source_padding_mask")
         B, got = len(text.ids), source.shape[0]
         problems.expect(got == B, f"source: expected the batch of prompts, B={B}, got {got}")
-        longest = _longest(_pair(source, source_real))
-        problems.expect(longest <= N, f"source: expected at most context_length={N} real tokens, got {longest}")
+        longest = _longest(_kept(config, _pair(source, source_real).real))
+        counted = "real tokens" if config.position_counting == "real" else "places up to the last token"
+        problems.expect(longest <= N, f"source: expected at most context_length={N} {counted}, got {longest}")
     problems.raise_if_any()
     return text
 
@@ -435,7 +451,7 @@ def _read_prompts(model: Writer, ask: _Ask, slots: int) -> tuple[Float[Array, "B
     if isinstance(model, EncoderDecoder):
         assert ask.source is not None
         H_enc = model.encode(ask.source, source_padding_mask=ask.source_real)
-    cache = _empty_cache(model, B, slots, H_enc, ask.source_real)
+    cache = _empty_cache(model, B, slots, H_enc, ask.source_real) | {"counted": ask.begin}
     last = jnp.full(B, T - 1, jnp.int32)
     logits, cache = model._step(ask.prompts, cache, ask.real, None, last, fresh=True)
     return logits[:, 0], _packed_cache(cache)

@@ -34,7 +34,8 @@ SourcePositions = Integer[Array | np.ndarray, "#B S"]
 class EncoderModel(nnx.Module):
     """Every position sees every real token: ``tokens [B, T]`` to hidden states ``[B, T, D]``, or logits with a head.
 
-    ``padding_mask [B, T]``, True = real token, hides padded keys; positions are counted over real tokens unless given.
+    ``padding_mask [B, T]``, True = real token, hides padded keys; positions are counted unless given: over real
+    tokens, or over all places, as ``config.position_counting`` says.
     ``segments [B, T]`` instead of it: several documents in a row, a number each, 0 for padding. Each sees only itself
     and counts its positions from 0. Raises ConfigError for another architecture, InputError.
 
@@ -61,7 +62,7 @@ class EncoderModel(nnx.Module):
         rng: Key | None = None,
     ) -> Float[Array, "..."]:
         self._check(tokens, padding_mask=padding_mask, positions=positions, token_types=token_types, segments=segments)
-        mask, positions = _places(padding_mask, positions, segments)
+        mask, positions = _places(self.config, padding_mask, positions, segments)
         rngs = fold_all(rng, 3)
         X = self.embedding(tokens, positions, token_types, rng=rngs[0])
         h = self.stack(X, mask=mask, positions=positions, rng=rngs[1])
@@ -111,7 +112,7 @@ class LanguageModel(nnx.Module):
         rng: Key | None = None,
     ) -> Float[Array, "..."]:
         self._check(tokens, padding_mask=padding_mask, positions=positions, segments=segments)
-        mask, positions = _places(padding_mask, positions, segments)
+        mask, positions = _places(self.config, padding_mask, positions, segments)
         rngs = fold_all(rng, 3)
         X = self.embedding(tokens, positions, rng=rngs[0])
         h = self.stack(X, mask=mask, positions=positions, rng=rngs[1])
@@ -128,7 +129,7 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B T_or_1 V"], Cache]:
         """``T >= 1`` further tokens: their logits, as a call with the whole sequence gives them, and the new cache.
 
-        Positions are counted over real tokens from what the cache has counted, unless given. With ``at`` only the
+        Positions are counted on from what the cache has counted, unless given. With ``at`` only the
         logits of one place of each row. No dropout. Raises InputError; where values cannot be seen, positions for which
         the cache has no room have NaN.
         """
@@ -218,7 +219,7 @@ class EncoderDecoder(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """The states ``H_enc`` of the encoder. ``rng`` is the model's, not the encoder's own."""
         _check_ids(self.config, "EncoderDecoder", "source", source, source_padding_mask, source_positions)
-        mask, positions = _places(source_padding_mask, source_positions)
+        mask, positions = _places(self.config, source_padding_mask, source_positions)
         rngs = fold_all(rng, 4)
         X = self.source_embedding(source, positions, rng=rngs[0])
         return self.encoder(X, mask=mask, positions=positions, rng=rngs[1])
@@ -237,7 +238,7 @@ class EncoderDecoder(nnx.Module):
         _check_ids(self.config, "EncoderDecoder", "target", target, target_padding_mask, target_positions)
         _check_memory(self.config, target, H_enc, memory_padding_mask)
         memory_mask = None if memory_padding_mask is None else masks.padding_mask(memory_padding_mask)
-        mask, positions = _places(target_padding_mask, target_positions)
+        mask, positions = _places(self.config, target_padding_mask, target_positions)
         owner = self.source_embedding if self.config.share_embeddings else self.target_embedding
         table = _table(owner) if self.config.share_embeddings else None
         rngs = fold_all(rng, 4)
@@ -356,14 +357,16 @@ def _logits(
 
 
 def _places(
-    real: Real | None, positions: Positions | None, segments: Ids | None = None
+    config: ModelConfig, real: Real | None, positions: Positions | None, segments: Ids | None = None
 ) -> tuple[Bool[Array, "B 1 T_or_1 T"] | None, Positions | None]:
     """The mask over padded keys or between documents, and the positions: those given, else counted."""
     if segments is not None:
         return masks.segment_mask(segments), masks.segment_positions(segments) if positions is None else positions
     if real is None:
         return None, positions
-    return masks.padding_mask(real), masks.positions_from(real) if positions is None else positions
+    if positions is None and config.position_counting == "real":
+        positions = masks.positions_from(real)
+    return masks.padding_mask(real), positions
 
 
 def _step(
@@ -382,7 +385,8 @@ def _step(
     config, shape = embedding.config, tuple(tokens.shape)
     real = jnp.ones(shape, bool) if real is None else jnp.asarray(real)
     if positions is None:
-        positions = jnp.maximum(cache["counted"][:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+        ahead = real if config.position_counting == "real" else jnp.ones(shape, bool)
+        positions = jnp.maximum(cache["counted"][:, None] + jnp.cumsum(ahead, axis=1, dtype=jnp.int32) - 1, 0)
     positions = jnp.broadcast_to(jnp.asarray(positions).astype(jnp.int32), shape)
     places, opened = _open_cache(cache, real, positions, config=config, fresh=fresh)
     X = embedding(tokens, positions, table=None if owner is embedding else _table(owner))

@@ -60,20 +60,26 @@ def walk(
     tokens: np.ndarray,
     padding_mask: np.ndarray | None = None,
     token_types: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """The embeddings' output, then every block's, of a model with one stack: ``L + 1`` arrays ``[B, T, D]``."""
+    """The embeddings' output, then every block's, of a model with one stack: ``L + 1`` arrays ``[B, T, D]``.
+
+    ``positions`` None: counted as the configuration says.
+    """
     masks = twin.file("masks")
     with torch.no_grad():
         native = twin.array(tokens)
-        mask, positions = None, twin.array(np.arange(tokens.shape[1])[None])
+        mask, places = None, twin.array(np.arange(tokens.shape[1])[None])
         if padding_mask is not None:
             real = twin.array(padding_mask)
-            mask, positions = masks.padding_mask(real), masks.positions_from(real)
+            mask = masks.padding_mask(real)
+            places = masks.positions_from(real) if model.config.position_counting == "real" else places
+        places = places if positions is None else twin.array(positions)
         types = None if token_types is None else twin.array(token_types)
-        X = model.embedding(native, positions, types)
+        X = model.embedding(native, places, types)
         states = [to_numpy(X)]
         for block in model.stack.blocks:
-            X = block(X, mask=mask, positions=positions)
+            X = block(X, mask=mask, positions=places)
             states.append(to_numpy(X))
     return states
 

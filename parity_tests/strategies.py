@@ -155,6 +155,7 @@ def _config(pick: Pick, sizes: Sizes) -> ModelConfig:
         head=head,
         param_dtype="float64",
         compute_dtype="float64",
+        position_counting=pick("real", "real", "places"),
         **sizes.config,
         **choices,
     )

@@ -51,6 +51,7 @@ FAR_FROM_DEFAULT = ModelConfig(
     qk_norm="rmsnorm",
     window=7,
     positions="rotary",
+    position_counting="places",
     position_offset=0,  # only 0 goes with rotary; see the second configuration
     sinusoid_layout="halves",
     sinusoid_spacing="endpoint",

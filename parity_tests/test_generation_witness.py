@@ -12,6 +12,7 @@ from transformers.generation import logits_process
 
 from parity_tests.helpers import assert_close, both, to_numpy
 from parity_tests.witness_models import WITNESSES
+from twinformer import InputError, ModelConfig
 from twinformer.decoding import BeamConfig, SamplingConfig, StopConfig
 
 EOS = 1
@@ -191,3 +192,85 @@ def test_the_witness_is_what_we_think():
     other = WITNESSES["llama"](seed=5)[0].generate(**theirs, max_new_tokens=NEW, do_sample=False)
     assert their_tokens(base, 5) != their_tokens(other, 5)
     assert transformers.__version__.startswith("5.")
+
+
+# ---- places that are counted with their padding
+
+
+@both
+@pytest.mark.parametrize("bucket", [1, 4])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder-decoder"])
+def test_places_stay_where_they_are(twin, architecture, bucket):
+    """Each token is what the whole model, called with the padding where it was, thinks likeliest, and scores so; one
+    beam writes the same."""
+    config = ModelConfig(
+        architecture=architecture,
+        vocab_size=23,
+        context_length=14,
+        model_dim=12,
+        key_dim=5,
+        hidden_dim=20,
+        num_heads=3,
+        num_layers=2,
+        positions="learned",
+        position_counting="places",
+        initializer_std=0.6,
+        param_dtype="float64",
+        compute_dtype="float64",
+    )
+    model = twin.file("models").build(config, seed=6)
+    rng = np.random.default_rng(2)
+    prompts = rng.integers(1, 23, (4, 5))
+    real = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 0, 0, 1], [0, 1, 1, 0, 0]], bool)
+    source = {}
+    if architecture == "encoder-decoder":
+        hidden = np.arange(7) < np.array([0, 3, 6, 2])[:, None]
+        hidden[3, 4:] = True
+        source = {"source": rng.integers(1, 23, (4, 7)), "source_padding_mask": ~hidden}
+    asked = {"padding_mask": real, "max_new_tokens": NEW} | source
+    written = twin.file("generation").Generator(model, bucket=bucket)(prompts, **asked)
+    native = {name: twin.array(array) for name, array in source.items()}
+    name = "target" if source else "tokens"
+    mask_name = "target_padding_mask" if source else "padding_mask"
+    moved = 0
+    for row, end in enumerate((5, 5, 5, 3)):  # padding after the end plays no part
+        one = {key: array[row : row + 1] for key, array in native.items()}
+        tokens, mask = prompts[row : row + 1, :end], real[row : row + 1, :end]
+        for t in range(NEW):
+            logits = to_numpy(model(**one, **{name: twin.array(tokens), mask_name: twin.array(mask)}))[0, -1]
+            assert written.tokens[row, t] == logits.argmax(), (row, t)
+            expected = logits.max() - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+            assert abs(written.logprobs[row, t] - expected) < 1e-11
+            tokens = np.append(tokens, [[logits.argmax()]], 1)
+            mask = np.append(mask, [[True]], 1)
+        together = {key: array for key, array in one.items() if key != "source_padding_mask"}
+        bare = to_numpy(model(**together, **{name: twin.array(tokens[mask][None])}))[0, -1]
+        whole = to_numpy(model(**one, **{name: twin.array(tokens), mask_name: twin.array(mask)}))[0, -1]
+        moved += int(abs(bare - whole).max() > 1e-4)
+    assert moved >= 2  # it matters where the padding was
+    scores = to_numpy(twin.file("generation").score(model, prompts, written.tokens, padding_mask=real, **source))
+    assert_close(scores, written.logprobs, 1e-10)
+    searched = twin.file("beam").beam_search(model, prompts, beam=BeamConfig(width=1), bucket=bucket, **asked)
+    assert searched.tokens[:, 0].tolist() == written.tokens.tolist()
+
+
+@both
+def test_no_more_places_than_the_context_has(twin):
+    """Two tokens after six places of padding need eight."""
+    config = ModelConfig(
+        architecture="decoder",
+        vocab_size=9,
+        context_length=8,
+        model_dim=4,
+        key_dim=2,
+        hidden_dim=4,
+        num_heads=1,
+        num_layers=1,
+        positions="learned",
+        position_counting="places",
+    )
+    generator = twin.file("generation").Generator(twin.file("models").build(config))
+    prompts, real = np.ones((1, 7), np.int64), np.arange(7)[None] >= 6
+    assert generator(prompts, padding_mask=real, max_new_tokens=1).tokens.shape == (1, 1)
+    with pytest.raises(InputError, match="7"):
+        generator(prompts, padding_mask=real, max_new_tokens=2)

@@ -549,6 +549,25 @@ def test_padding_on_either_side_is_no_padding(twin, architecture, positions):
 
 @both
 @pytest.mark.parametrize("positions", [kind for kind in POSITIONS if kind != "none"])
+@pytest.mark.parametrize("architecture", ["encoder", "decoder", "encoder-decoder"])
+def test_places_are_counted_with_their_padding(twin, architecture, positions):
+    """With places counted a mask moves nothing: what is real gives what it gives at the positions 0 … T-1."""
+    config = small(architecture, positions=positions, position_counting="places")
+    model, counting = own_model(twin, config), own_model(twin, config.replace(position_counting="real"))
+    tokens = np.random.default_rng(7).integers(1, 19, (2, 7))
+    real = np.array([[False, False, True, True, False, True, True], [True, True, True, False, True, False, False]])
+    places = twin.array(np.arange(7)[None])
+    names = ("source_", "target_") if architecture == "encoder-decoder" else ("",)
+    arrays = [twin.array(tokens)] * len(names)
+    given = {f"{name}padding_mask": twin.array(real) for name in names}
+    found = to_numpy(model(*arrays, **given))
+    told = to_numpy(counting(*arrays, **given, **{f"{name}positions": places for name in names}))
+    assert_close(found, told, 0.0)
+    assert abs(found - to_numpy(counting(*arrays, **given)))[real].max() > 1e-4  # there is a hole in each row
+
+
+@both
+@pytest.mark.parametrize("positions", [kind for kind in POSITIONS if kind != "none"])
 def test_explicit_positions(twin, positions):
     """Given positions are used as they are, padding mask or not; counting is only what is done without them."""
     model = own_model(twin, small(positions=positions))

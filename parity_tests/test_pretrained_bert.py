@@ -52,17 +52,15 @@ def batch(settings, seed=0):
 
 
 def their_states(directory, tokens, real, types) -> list[np.ndarray]:
-    """Hidden states of every layer by ``transformers`` in float64; positions counted over real tokens, as ours are."""
+    """Hidden states of every layer by ``transformers`` in float64, which counts positions for itself."""
     model = transformers.BertModel.from_pretrained(
         directory, dtype=torch.float64, attn_implementation="eager", add_pooling_layer=False
     ).eval()
-    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     with torch.no_grad():
         found = model(
             input_ids=torch.from_numpy(tokens),
             attention_mask=torch.from_numpy(real.astype(np.int64)),
             token_type_ids=torch.from_numpy(types),
-            position_ids=torch.from_numpy(positions),
             output_hidden_states=True,
         )
     return [to_numpy(state) for state in found.hidden_states]
@@ -332,6 +330,7 @@ def test_each_setting_comes_from_its_own_field(tmp_path):
         output_bias=True,
         feedforward_bias=True,
         positions="learned",
+        position_counting="places",
         head="none",
     )
     assert config == expected

@@ -83,10 +83,26 @@ def test_absent_fields_mean_what_the_published_class_means(tmp_path):
     optional = [name for name, wanted in bert.FAMILY.fields.items() if not wanted.required]
     edit_config(directory, **dict.fromkeys(optional, ...))
     theirs = transformers.BertConfig().to_dict()
+    # no labels: two, of these names
+    assert theirs.pop("id2label") == {0: "LABEL_0", 1: "LABEL_1"}
     for name in optional:
         assert theirs.get(name, bert.FAMILY.fields[name].default) == bert.FAMILY.fields[name].default, name
     config = pretrained.read(directory).config
     assert (config.norm_eps, config.activation, config.dropout, config.num_token_types) == (1e-12, "gelu", 0.1, 2)
+
+
+@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForTokenClassification"])
+def test_absent_labels_are_two_of_the_names_that_the_published_class_gives(kind, tmp_path):
+    published = scattered(getattr(transformers, f"Bert{kind}"), **TINY["small"])
+    published.save_pretrained(tmp_path / "model")
+    edit_config(tmp_path / "model", id2label=..., label2id=..., num_labels=...)
+    read = pretrained.read(tmp_path / "model")
+    assert read.config.num_labels == 2
+    pretrained.write(tmp_path / "back", read.config, read.tensors, family="bert")
+    assert transformers.BertConfig.from_pretrained(tmp_path / "back").id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    edit_config(tmp_path / "model", num_labels=3)  # which the tensors contradict
+    with pytest.raises(WeightsError, match=r"classifier.weight: expected shape \(3, 24\), got \(2, 24\)"):
+        pretrained.read(tmp_path / "model")
 
 
 def test_every_field_of_the_published_class_is_accounted_for():

@@ -1,4 +1,4 @@
-"""Settings of well-known decoder-only checkpoints, as their files hold them: read without a remainder.
+"""Settings of well-known checkpoints, as their files hold them: read without a remainder.
 
 No weights are here. What is compared is the number of parameters that each model is known to have, and the choices
 that its paper or card states.
@@ -28,6 +28,15 @@ _USUAL = {
 def _sizes(V, D, F, L, A, G, N):
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
     return dict(zip([*names.split(), "max_position_embeddings"], (V, D, F, L, A, G, N), strict=True))
+
+
+def _two_stacks(V, D, L, F, A):
+    sizes = {"vocab_size": V, "d_model": D, "max_position_embeddings": 1024, "init_std": 0.02, "num_hidden_layers": L}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_{name}": size for name, size in (("layers", L), ("ffn_dim", F), ("attention_heads", A))}
+        sizes |= {f"{side}_layerdrop": 0.0}
+    rates = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.0, "is_encoder_decoder": True}
+    return {**sizes, **rates, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "use_cache": True}
 
 
 #: name -> (family, settings, parameters, some of our choices)
@@ -215,6 +224,118 @@ KNOWN = {
         },
         3_821_079_552,
         {"window": 2047, "rotary_dim": 96, "gated": True},
+    ),
+}
+
+
+KNOWN |= {
+    "DistilBERT, uncased": (
+        "distilbert",
+        {
+            "activation": "gelu",
+            "architectures": ["DistilBertForMaskedLM"],
+            "attention_dropout": 0.1,
+            "dropout": 0.1,
+            "qa_dropout": 0.1,
+            "seq_classif_dropout": 0.2,
+            "dim": 768,
+            "hidden_dim": 3072,
+            "n_heads": 12,
+            "n_layers": 6,
+            "vocab_size": 30522,
+            "initializer_range": 0.02,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            "sinusoidal_pos_embds": False,
+            "tie_weights_": True,
+            "transformers_version": "4.10.0.dev0",
+        },
+        66_985_530,
+        {"head": "tied", "head_transform": True, "norm_eps": 1e-12, "position_counting": "places"},
+    ),
+    "mT5, small": (
+        "mt5",
+        {
+            "architectures": ["MT5ForConditionalGeneration"],
+            "d_ff": 1024,
+            "d_kv": 64,
+            "d_model": 512,
+            "num_layers": 8,
+            "num_decoder_layers": 8,
+            "num_heads": 6,
+            "decoder_start_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "dropout_rate": 0.1,
+            "initializer_factor": 1.0,
+            "layer_norm_epsilon": 1e-06,
+            "feed_forward_proj": "gated-gelu",
+            "is_encoder_decoder": True,
+            "output_past": True,
+            "relative_attention_num_buckets": 32,
+            "tie_word_embeddings": False,
+            "tokenizer_class": "T5Tokenizer",
+            "use_cache": True,
+            "vocab_size": 250112,
+        },
+        300_176_768,
+        {"head": "untied", "head_scale": None, "gated": True, "activation": "gelu_tanh"},
+    ),
+    "mBART, 50 languages": (
+        "mbart",
+        {
+            **_two_stacks(250054, 1024, 12, 4096, 16),
+            "activation_function": "relu",
+            "add_bias_logits": False,
+            "add_final_layer_norm": True,
+            "architectures": ["MBartForConditionalGeneration"],
+            "classif_dropout": 0.0,
+            "classifier_dropout": 0.0,
+            "decoder_start_token_id": 2,
+            "early_stopping": True,
+            "forced_eos_token_id": 2,
+            "gradient_checkpointing": False,
+            "normalize_before": True,
+            "normalize_embedding": True,
+            "num_beams": 5,
+            "output_past": True,
+            "scale_embedding": True,
+            "static_position_embeddings": False,
+            "tokenizer_class": "MBart50Tokenizer",
+        },
+        610_879_488 + 250_054,  # the bias of the logits, which the library does not count
+        {"norm_placement": "pre", "final_norm": True, "embedding_norm": True, "embedding_scale": 32.0},
+    ),
+    "M2M-100, 418M": (
+        "m2m_100",
+        {
+            **_two_stacks(128112, 1024, 12, 4096, 16),
+            "activation_function": "relu",
+            "architectures": ["M2M100ForConditionalGeneration"],
+            "decoder_layerdrop": 0.05,
+            "decoder_start_token_id": 2,
+            "early_stopping": True,
+            "encoder_layerdrop": 0.05,
+            "gradient_checkpointing": False,
+            "num_beams": 5,
+            "scale_embedding": True,
+        },
+        483_905_536,
+        {"sinusoid_spacing": "endpoint", "position_offset": 2, "position_counting": "real", "head_bias": False},
+    ),
+    "NLLB-200, distilled, 600M": (
+        "m2m_100",
+        {
+            **_two_stacks(256206, 1024, 12, 4096, 16),
+            "activation_function": "relu",
+            "architectures": ["M2M100ForConditionalGeneration"],
+            "decoder_start_token_id": 2,
+            "max_length": 200,
+            "scale_embedding": True,
+            "tokenizer_class": "NllbTokenizer",
+        },
+        615_073_792,
+        {"norm_placement": "pre", "final_norm": True, "embedding_norm": False, "head": "tied"},
     ),
 }
 

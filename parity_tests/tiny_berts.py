@@ -108,6 +108,7 @@ CONFIG = ModelConfig(
     qkv_bias=True,
     output_bias=True,
     positions="learned",
+    position_counting="places",
     num_token_types=2,
     embedding_norm=True,
     head="none",

@@ -5,7 +5,7 @@ A cache of C slots is a plain mapping:
     blocks    for each block ("0", "1", …): keys [B, G, C, K], values [B, G, C, J], broken Bool[B, C]
     real      Bool[B, C]: slots that hold a real token
     positions Int[B, C]: the positions of what the slots hold
-    counted   Int[B]: real tokens so far
+    counted   Int[B]: the position that comes next: real tokens so far, or all places (config.position_counting)
     step      a 0-dimensional whole number: positions seen so far, padding included
     memory    of an encoder-decoder: its blocks (keys, values and broken of the source), and real Bool[B, S]
 
@@ -155,9 +155,11 @@ def _begin(
     device = cache["real"].device
     B, C = cache["real"].shape
     new = torch.arange(T, device=device)
+    in_places = config.position_counting == "places"
     if positions is None:
         counted = cache["counted"][:, None]
-        positions = counted + new if real is None else (counted + real.cumsum(-1) - 1).clamp(min=0)
+        ahead = new if real is None or in_places else real.cumsum(-1) - 1
+        positions = (counted + ahead).clamp(min=0)
     positions = positions.long()
     if real is None:
         real = torch.ones(B, T, dtype=torch.bool, device=device)
@@ -187,7 +189,7 @@ def _begin(
     unbounded = sees & padding_mask(seen_real) if config.window_layers is not None else None
     if config.window is not None:
         sees = sees & (held > index[:, None] - config.window)
-    cache["counted"] += real.sum(-1)
+    cache["counted"] += T if in_places else real.sum(-1)
     cache["step"] += T
     memory = cache.get("memory")
     return _Step(

@@ -134,12 +134,16 @@ class Generator:
 
 @dataclass(frozen=True)
 class _Task:
-    """Prompts and sources as they are given to the model, as NumPy arrays: real tokens side by side, rounded up."""
+    """Prompts and sources as they are given to the model, as NumPy arrays: real tokens side by side, rounded up.
+
+    Where places are counted tokens stay as far apart as they were, and padding before them counts.
+    """
 
     prompts: Ids  # [B, T], padding on the left
     real: Flags
     source: Ids | None  # [B, S], padding on the right
     source_real: Flags | None
+    begin: Ids | None  # [B], where places are counted: the position of the first place, negative before them all
 
 
 @dataclass(frozen=True)
@@ -304,11 +308,22 @@ class _Runner:
             allowed=None if allowed is None else _host(allowed),
         )
         tokens, real = self.read_prompts(prompts, padding_mask)
-        longest = int(real.sum(-1).max())
+        kept = self.kept(real)
+        lengths = kept.sum(-1)
+        longest = int(lengths.max())
         ring = caches._is_ring(config, self.slots)
         check_room(where, longest=longest, max_new_tokens=max_new_tokens, slots=N if ring else self.slots)
-        packed = _pack(tokens, real, min(caches._round_up(longest, self.bucket), N), left=False)
-        return _Task(*packed, *self.read_source(source, source_padding_mask, len(tokens)))
+        width = min(caches._round_up(longest, self.bucket), N)
+        packed = _pack(tokens, real, kept, width, left=False)
+        begin = lengths - width if config.position_counting == "places" else None
+        read, read_real = self.read_source(source, source_padding_mask, len(tokens))
+        return _Task(*packed, read, read_real, begin)
+
+    def kept(self, real: Flags) -> Flags:
+        """What of a row is given to the model: its real tokens, or, where places are counted, all up to the last."""
+        if self.model.config.position_counting == "real":
+            return real
+        return np.logical_or.accumulate(real[:, ::-1], 1)[:, ::-1]
 
     def read_prompts(self, prompts: AnyIds, padding_mask: AnyFlags | None) -> tuple[Ids, Flags]:
         """Prompts and their real tokens, checked, as they came."""
@@ -338,11 +353,13 @@ class _Runner:
         V = self.model.config.source_vocab_size
         _check_ids(self.where, "source", source, padding_mask, V, "source_padding_mask")
         tokens, real = _on_host(source, padding_mask)
-        N, longest = self.model.config.context_length, max(int(real.sum(-1).max(initial=0)), 1)
+        kept = self.kept(real)
+        N, longest = self.model.config.context_length, max(int(kept.sum(-1).max(initial=0)), 1)
+        counted = "real tokens" if self.model.config.position_counting == "real" else "places up to the last token"
         problems.expect(len(tokens) == batch, f"source: expected the batch of prompts, B={batch}, got {len(tokens)}")
-        problems.expect(longest <= N, f"source: expected at most context_length={N} real tokens, got {longest}")
+        problems.expect(longest <= N, f"source: expected at most context_length={N} {counted}, got {longest}")
         problems.raise_if_any()
-        return _pack(tokens, real, min(caches._round_up(longest, self.bucket), N), left=True)
+        return _pack(tokens, real, kept, min(caches._round_up(longest, self.bucket), N), left=True)
 
     @torch.no_grad()
     def start(self, task: _Task, max_new_tokens: int) -> "_Cached":
@@ -358,7 +375,10 @@ class _Runner:
         if task.source is not None and task.source_real is not None:
             source_real = torch.from_numpy(task.source_real).to(self.device)
             H_enc = self._read(torch.from_numpy(task.source).to(self.device), source_real)
-        return _Cached(self, caches._empty_cache(self.model, len(task.prompts), slots, H_enc, source_real))
+        cache = caches._empty_cache(self.model, len(task.prompts), slots, H_enc, source_real)
+        if task.begin is not None:
+            cache["counted"] += torch.from_numpy(task.begin).to(self.device)
+        return _Cached(self, cache)
 
     def _read_source(self, source: Tensor, real: Tensor) -> Tensor:
         assert isinstance(self.model, EncoderDecoder)
@@ -455,15 +475,15 @@ def _on_host(ids: AnyIds, mask: AnyFlags | None) -> tuple[Ids, Flags]:
     return tokens, np.ones(tokens.shape, np.bool_) if mask is None else _host(mask)
 
 
-def _pack(tokens: Ids, real: Flags, length: int, *, left: bool) -> tuple[Ids, Flags]:
-    """Real tokens side by side at one end of ``length`` places, the others at the other; padding holds 0."""
+def _pack(tokens: Ids, real: Flags, kept: Flags, length: int, *, left: bool) -> tuple[Ids, Flags]:
+    """What is kept side by side at one end of ``length`` places; padding holds 0."""
     packed = np.zeros((len(tokens), length), np.int64)
     packed_real = np.zeros(packed.shape, np.bool_)
-    for row, (ids, keep) in enumerate(zip(tokens, real, strict=True)):
+    for row, (ids, there, keep) in enumerate(zip(np.where(real, tokens, 0), real, kept, strict=True)):
         count = int(keep.sum())
         place = slice(0, count) if left else slice(length - count, length)
         packed[row, place] = ids[keep]
-        packed_real[row, place] = True
+        packed_real[row, place] = there[keep]
     return packed, packed_real
 
 
@@ -539,7 +559,8 @@ def score(
         len(others) == len(tokens), f"continuations: expected the batch of prompts, B={len(tokens)}, got {len(others)}"
     )
     problems.raise_if_any()
-    before = real.sum(-1, keepdims=True)
+    kept = runner.kept(real)
+    before = kept.sum(-1, keepdims=True)
     longest = int((before + others_real.sum(-1, keepdims=True)).max())
     problems.expect(
         longest <= N,
@@ -548,7 +569,11 @@ def score(
     problems.raise_if_any()
     read, read_real = runner.read_source(source, source_padding_mask, len(tokens))
     packed, packed_real = _pack(
-        np.concatenate((tokens, others), 1), np.concatenate((real, others_real), 1), longest, left=True
+        np.concatenate((tokens, others), 1),
+        np.concatenate((real, others_real), 1),
+        np.concatenate((kept, others_real), 1),
+        longest,
+        left=True,
     )
 
     def on_device(values: npt.NDArray[Any]) -> Tensor:

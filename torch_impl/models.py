@@ -107,7 +107,7 @@ class _OneStack(_Model):
         mask = None
         if real is not None:
             mask = masks.padding_mask(real)
-            positions = masks.positions_from(real) if positions is None else positions
+            positions = _counted(self.config, real, positions)
         elif segments is not None:
             mask = masks.segment_mask(segments)
             positions = masks.segment_positions(segments) if positions is None else positions
@@ -124,10 +124,11 @@ class _OneStack(_Model):
 class EncoderModel(_OneStack):
     """Every token sees every other (book, chapter "Masked Language Models"): hidden states, or what the head makes.
 
-    ``padding_mask`` is True at real tokens: padded keys are hidden, and positions are counted over real tokens unless
-    they are given. ``segments`` says which of several documents in a row a token belongs to (0: padding): it sees its
-    own only, and positions count from 0 in each. Raises ConfigError for a config of another architecture, InputError
-    for wrong shapes, dtypes and ids; inside ``torch.compile``, where ids cannot be seen, an id out of range gives NaN.
+    ``padding_mask`` is True at real tokens: padded keys are hidden, and positions are counted as
+    ``config.position_counting`` says (over real tokens, or over all places) unless they are given. ``segments`` says
+    which of several documents in a row a token belongs to (0: padding): it sees its own only, and positions count from
+    0 in each. Raises ConfigError for a config of another architecture, InputError for wrong shapes, dtypes and ids;
+    inside ``torch.compile``, where ids cannot be seen, an id out of range gives NaN.
     """
 
     architecture = "encoder"
@@ -256,8 +257,7 @@ class EncoderDecoder(_Model):
         mask = None
         if source_padding_mask is not None:
             mask = masks.padding_mask(source_padding_mask)
-            if source_positions is None:
-                source_positions = masks.positions_from(source_padding_mask)
+            source_positions = _counted(self.config, source_padding_mask, source_positions)
         X = self.source_embedding(source, source_positions, rng=key[0])
         H_enc: Tensor = self.encoder(X, mask=mask, positions=source_positions, rng=key[1])
         return H_enc
@@ -280,8 +280,7 @@ class EncoderDecoder(_Model):
         mask = None
         if target_padding_mask is not None:
             mask = masks.padding_mask(target_padding_mask)
-            if target_positions is None:
-                target_positions = masks.positions_from(target_padding_mask)
+            target_positions = _counted(self.config, target_padding_mask, target_positions)
         memory_mask = None if memory_padding_mask is None else masks.padding_mask(memory_padding_mask)
         shared = self._table if self.config.share_embeddings else None
         X = self.target_embedding(target, target_positions, table=shared, rng=key[2])
@@ -364,6 +363,13 @@ def _pick(h: Float[Tensor, "B T D"], at: Integer[Tensor, " B"] | None) -> Float[
     at = at.long()[:, None, None]
     absent = (at < 0) | (at >= h.shape[1])
     return h.take_along_dim(at.clamp(0, h.shape[1] - 1), 1).masked_fill(absent, torch.nan)
+
+
+def _counted(config: ModelConfig, real: Tensor, positions: Tensor | None) -> Tensor | None:
+    """The positions that are given, or those of real tokens; None: the places themselves."""
+    if positions is None and config.position_counting == "real":
+        return masks.positions_from(real)
+    return positions
 
 
 def _check_memory_padding(mask: Tensor | None, H_enc: Tensor) -> None:

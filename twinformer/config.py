@@ -30,6 +30,7 @@ NormPlacement = Literal["pre", "post", "sandwich"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 QKNorm = Literal["none", "layernorm", "rmsnorm"]
 Positions = Literal["none", "sinusoidal", "learned", "rotary", "relative", "alibi"]
+PositionCounting = Literal["real", "places"]
 SinusoidLayout = Literal["interleaved", "halves"]
 SinusoidSpacing = Literal["textbook", "endpoint"]
 RotaryConvention = Literal["half", "interleaved"]
@@ -102,6 +103,7 @@ class StackConfig:
 
     # positions
     positions: Positions = "none"
+    position_counting: PositionCounting = "real"  # what is counted where there is padding
     position_offset: int = 0
     sinusoid_layout: SinusoidLayout = "interleaved"
     sinusoid_spacing: SinusoidSpacing = "textbook"

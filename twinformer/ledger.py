@@ -234,10 +234,13 @@ LEDGER: tuple[Choice, ...] = (
     ),
     Choice(
         "positions under padding",
-        (),
-        "counted over real tokens, left or right padded; explicit positions win.",
+        ("position_counting",),
+        "counted over real tokens, left or right padded (real), or over all places of a row, padding included (places: "
+        "BERT, DistilBERT, BART, mBART, Marian, T5, mT5 as published); explicit positions win.",
         (
             "test_models.py::test_padding_on_either_side_is_no_padding",
+            "test_models.py::test_places_are_counted_with_their_padding",
+            "test_generation_witness.py::test_places_stay_where_they_are",
             "test_models.py::test_explicit_positions",
         ),
         mutants=("P1", "P2"),

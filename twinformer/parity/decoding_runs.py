@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twinformer.config import ModelConfig
+from twinformer.config import ModelConfig, PositionCounting
 from twinformer.initializers import stream
 from twinformer.parity.case import Arrays
 from twinformer.parity.compare import FloatArray, widened
@@ -41,6 +41,7 @@ class Plan:
     slots: int
     source: Array | None
     source_real: npt.NDArray[np.bool_] | None
+    counting: PositionCounting = "real"
 
     @property
     def length(self) -> int:
@@ -101,6 +102,7 @@ def plan_for(config: ModelConfig) -> Plan:
         slots=window if window is not None and window < T else T,
         source=source,
         source_real=source_real,
+        counting=config.position_counting,
     )
 
 
@@ -108,6 +110,7 @@ def decode(make: Callable[[bool], Decoder], plan: Plan) -> Decoded:
     """Every cell. ``make(poisoned)`` gives the twin's decoder, with weights of which one row is not finite, or not."""
     sound, poisoned = make(False), make(True)
     everything = np.ones_like(plan.real)
+    counted = positions_of if plan.counting == "real" else _places
 
     def whole(decoder: Decoder, tokens: Array, real: npt.NDArray[np.bool_], positions: Array) -> FloatArray:
         return widened(decoder.full(plan.inputs(tokens, real, positions))[0])
@@ -125,10 +128,14 @@ def decode(make: Callable[[bool], Decoder], plan: Plan) -> Decoded:
     return Decoded(full, _cells(sound, poisoned, plan))
 
 
-def counted(real: npt.NDArray[np.bool_]) -> Array:
+def positions_of(real: npt.NDArray[np.bool_]) -> Array:
     """Positions over real tokens."""
     positions: Array = np.maximum(np.cumsum(real, 1) - 1, 0)
     return positions
+
+
+def _places(real: npt.NDArray[np.bool_]) -> Array:
+    return positions_of(np.ones_like(real))
 
 
 def _cells(sound: Decoder, poisoned: Decoder, plan: Plan) -> dict[str, FloatArray]:

@@ -21,14 +21,18 @@ from twinformer.errors import CheckpointError, ConfigError
 from twinformer.pretrained import (
     bart,
     bert,
+    distilbert,
     files,
     gemma,
     gemma2,
     gemma3,
     gpt2,
     llama,
+    m2m_100,
     marian,
+    mbart,
     mistral,
+    mt5,
     phi3,
     published,
     qwen2,
@@ -60,6 +64,7 @@ FAMILIES: dict[str, Family] = {
     for module in (
         # encoders
         bert,
+        distilbert,
         roberta,
         # decoders
         gpt2,
@@ -73,8 +78,11 @@ FAMILIES: dict[str, Family] = {
         phi3,
         # encoders with a decoder
         t5,
+        mt5,
         bart,
+        mbart,
         marian,
+        m2m_100,
     )
 }
 

@@ -14,13 +14,14 @@ from twinformer.pretrained import bart_like
 from twinformer.pretrained.family import Family, Name, only
 
 _CLASSES = ("BartForConditionalGeneration",)
-_OFFSET = 2  # rows of the table of positions that nothing reads
+#: rows of the table of positions that nothing reads
+OFFSET = 2
 
 
 def _to_config(values: Mapping[str, Any]) -> dict[str, Any]:
     return bart_like.to_config("bart", values) | {
         "positions": "learned",
-        "position_offset": _OFFSET,
+        "position_offset": OFFSET,
         "embedding_norm": True,
     }
 
@@ -30,6 +31,18 @@ def _from_config(config: ModelConfig) -> dict[str, Any]:
 
 
 _SIDES = {"encoder": "source_embedding", "decoder": "target_embedding"}
+
+#: the tensors, of mBART too
+NAMES = (
+    Name("model.shared.weight", "source_embedding.tokens.weight"),
+    *(Name(f"model.{side}.embed_positions.weight", f"{ours}.positions.weight") for side, ours in _SIDES.items()),
+    *(
+        Name(f"model.{side}.layernorm_embedding.{leaf}", f"{ours}.norm.{leaf}")
+        for side, ours in _SIDES.items()
+        for leaf in ("weight", "bias")
+    ),
+    *bart_like.names(),
+)
 
 FAMILY = Family(
     model_type="bart",
@@ -41,15 +54,6 @@ FAMILY = Family(
     without_effect=bart_like.WITHOUT_EFFECT,
     to_config=_to_config,
     from_config=_from_config,
-    names=(
-        Name("model.shared.weight", "source_embedding.tokens.weight"),
-        *(Name(f"model.{side}.embed_positions.weight", f"{ours}.positions.weight") for side, ours in _SIDES.items()),
-        *(
-            Name(f"model.{side}.layernorm_embedding.{leaf}", f"{ours}.norm.{leaf}")
-            for side, ours in _SIDES.items()
-            for leaf in ("weight", "bias")
-        ),
-        *bart_like.names(),
-    ),
+    names=NAMES,
     copies=bart_like.COPIES,
 )

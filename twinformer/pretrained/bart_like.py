@@ -1,4 +1,7 @@
-"""What BART and Marian share: post-norm stacks with biases, one set of names, a bias of the logits."""
+"""What BART, mBART, Marian and M2M-100 share: stacks with biases, one set of names, a tied head.
+
+BART and Marian norm after the sum, and end without a norm; mBART and M2M-100 norm before, and end with one.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class Row(Layout):
 
 
 def fields(classes: tuple[str, ...]) -> dict[str, Field]:
-    """The fields that both have; ``classes`` are those that are read."""
+    """The fields that all have; ``classes`` are those that are read."""
 
     def check(names: Any) -> str | None:
         good = len(names) == 1 and names[0] in classes
@@ -90,6 +93,7 @@ def to_config(subject: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "feedforward_bias": True,
         "qkv_bias": True,
         "output_bias": True,
+        "position_counting": "places",
         "share_embeddings": True,
         "embedding_scale": D**0.5 if values["scale_embedding"] else None,
         "dropout": values["dropout"],
@@ -129,7 +133,7 @@ def from_config(config: ModelConfig, model_type: str, architecture: str) -> dict
 
 
 def names() -> tuple[Name, ...]:
-    """Every tensor of the two stacks, and the bias of the logits."""
+    """Every tensor of the two stacks that some of these families have, and the bias of the logits."""
     found = [Name("final_logits_bias", "head.bias", Row())]
     for side, layer in (("encoder", "{encoder_layer}"), ("decoder", "{layer}")):
         theirs, ours = f"model.{side}.layers.{layer}.", f"{side}.blocks.{layer}."
@@ -139,8 +143,9 @@ def names() -> tuple[Name, ...]:
             pairs[f"{their_name}_layer_norm"] = f"{our_name}_norm"
             parts = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}
             pairs |= {f"{their_name}.{short}": f"{our_name}.{name}" for short, name in parts.items()}
-        for their_name, our_name in pairs.items():
-            found += [Name(f"{theirs}{their_name}.{leaf}", f"{ours}{our_name}.{leaf}") for leaf in ("weight", "bias")]
+        for leaf in ("weight", "bias"):
+            found += [Name(f"{theirs}{name}.{leaf}", f"{ours}{our_name}.{leaf}") for name, our_name in pairs.items()]
+            found += [Name(f"model.{side}.layer_norm.{leaf}", f"{side}.final_norm.{leaf}")]
     return tuple(found)
 
 

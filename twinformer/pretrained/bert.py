@@ -1,11 +1,11 @@
 """BERT (Devlin et al. 2019, arXiv:1810.04805) as the ``transformers`` library publishes it: ``BertModel``.
 
-An encoder with post-norm blocks and no final norm; learned positions counted over real tokens; two token types;
-a norm over the embeddings; biases everywhere; erf GELU; head a of a projection owns its rows ``a·K … (a+1)·K - 1``,
-as ours does. The class that was saved decides the head: masked tokens (dense, activation, norm, the table of tokens and
-a bias), labels of a sequence (the first token through a dense layer with tanh), labels of each token, both ends of an
-answer. ``BertModel`` gives hidden states ``[B, T, D]``; its pooler, and parts of classes that we have no head for, are
-left out, and named in ``Pretrained.left_out``.
+An encoder with post-norm blocks and no final norm; learned positions counted over all places of a row, padding
+included, unless they are given; two token types; a norm over the embeddings; biases everywhere; erf GELU; head a of a
+projection owns its rows ``a·K … (a+1)·K - 1``, as ours does. The class that was saved decides the head: masked tokens
+(dense, activation, norm, the table of tokens and a bias), labels of a sequence (the first token through a dense layer
+with tanh), labels of each token, both ends of an answer. ``BertModel`` gives hidden states ``[B, T, D]``; its pooler,
+and parts of classes that we have no head for, are left out, and named in ``Pretrained.left_out``.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def _to_config(values: Mapping[str, Any]) -> dict[str, Any]:
         "qkv_bias": True,
         "output_bias": True,
         "positions": "learned",
+        "position_counting": "places",
         "num_token_types": values["type_vocab_size"],
         "embedding_norm": True,
         "dropout": values["hidden_dropout_prob"],

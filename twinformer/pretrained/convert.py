@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "sentencepiece.bpe.model",
+    "spiece.model",
     "source.spm",
     "target.spm",
     "vocabulary.json",

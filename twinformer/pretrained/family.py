@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ import numpy.typing as npt
 from twinformer.config import Head, ModelConfig
 from twinformer.errors import Problems, WeightsError
 from twinformer.parameters import model_parameters
+
+if TYPE_CHECKING:
+    from twinformer.pretrained.files import Stored
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -207,6 +210,10 @@ class Family:
             problems.expect(path in held, f"{path}: expected a published name, got none")
         problems.raise_if_any()
         return found
+
+    def settled(self, config: ModelConfig, tensors: Mapping[str, Stored]) -> ModelConfig:
+        """The configuration, where only the tensors of the file tell the last of it."""
+        return config
 
     def written(self, name: Name, config: ModelConfig) -> str:
         """The name that we write: within the body's prefix where there is a head beside the body."""

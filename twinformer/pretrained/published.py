@@ -114,6 +114,7 @@ def open_directory(
     pooling = read_pooling(directory, config.model_dim)
     reader = open_tensors if has_safetensors(directory) or open_pickled is None else open_pickled
     with reader(directory) as stored:
+        config = family.settled(config, stored)
         plan = _plan(family, config, stored, str(directory))
         kept = {FLOAT_DTYPES[stored[plan.spelled[name]].dtype] for name in plan.expected}
         yield Opened(

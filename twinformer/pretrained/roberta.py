@@ -22,7 +22,7 @@ def _to_config(values: Mapping[str, Any]) -> dict[str, Any]:
         rows > offset, f"max_position_embeddings: expected more than pad_token_id + 1 = {offset}, got {rows}"
     )
     found = bert.FAMILY.to_config({**values, "max_position_embeddings": max(rows - offset, 1), "architectures": None})
-    found |= bert.head_of("Roberta", values) | {"position_offset": offset}
+    found |= bert.head_of("Roberta", values) | {"position_offset": offset, "position_counting": "real"}
     if found["head"] in ("tied", "untied"):
         activation = values["hidden_act"]
         problems.expect(
