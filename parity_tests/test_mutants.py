@@ -274,7 +274,7 @@ def test_unknown_ids_are_one_message_that_names_all():
 def test_an_entry_that_does_not_apply_says_why():
     done = twinformer("W7")
     assert done.returncode == 0
-    assert "not yet: sharding" in done.stdout
+    assert "never fused" in done.stdout
 
 
 def test_without_a_checkout_it_says_so(tmp_path):

@@ -26,7 +26,8 @@ def small(name: str, **changes):
 def test_other_calls_agree(name):
     rung = calls.check(Evidence(small(name)))
     assert rung.verdict == "agree", rung.problems
-    assert rung.checked.startswith("tokens only, positions given: ")
+    documents = "" if name == "textbook-encoder-decoder" else ", documents in a row"
+    assert rung.checked.startswith(f"tokens only, positions given{documents}: ")
 
 
 def positions_from_one(monkeypatch):
@@ -45,15 +46,38 @@ def positions_ignored(monkeypatch):
     """Those of the caller, where there is a mask."""
     forward = torch_impl.LanguageModel.forward
 
-    def wrong(self, tokens, *, padding_mask=None, positions=None, rng=None):
+    def wrong(self, tokens, *, padding_mask=None, positions=None, **options):
         positions = positions if padding_mask is None else None
-        return forward(self, tokens, padding_mask=padding_mask, positions=positions, rng=rng)
+        return forward(self, tokens, padding_mask=padding_mask, positions=positions, **options)
 
     monkeypatch.setattr(torch_impl.LanguageModel, "forward", wrong)
 
 
+def documents_in_rising_order(monkeypatch):
+    """A document whose number is smaller than the one before counts on from it."""
+    right = torch_impl.masks.segment_positions
+    monkeypatch.setattr(torch_impl.masks, "segment_positions", lambda segments: right(segments.cummax(1).values))
+
+
+def test_padding_between_tokens_is_looked_at(monkeypatch):
+    """Positions that are places from the first token on: right wherever padding stands at an end."""
+    monkeypatch.setattr(
+        torch_impl.masks,
+        "positions_from",
+        lambda real: (torch.arange(real.shape[1]) - real.int().argmax(1)[:, None]).clamp(min=0) * real.any(1)[:, None],
+    )
+    rung = forward.check(Evidence(small("gpt2", num_layers=1)))
+    assert rung.verdict == "differ"
+    assert all(" at [2, " in problem for problem in rung.problems)
+
+
 @pytest.mark.parametrize(
-    ("plant", "call"), [(positions_from_one, "tokens only"), (positions_ignored, "positions given")]
+    ("plant", "call"),
+    [
+        (positions_from_one, "tokens only"),
+        (positions_ignored, "positions given"),
+        (documents_in_rising_order, "documents in a row"),
+    ],
 )
 def test_a_default_that_is_wrong_is_found(plant, call, monkeypatch):
     plant(monkeypatch)

@@ -228,6 +228,20 @@ def trained_without_dropout(patch: Patch) -> None:
     training(patch, lambda training: {"dropout": False})
 
 
+@mutant("T135", case=_CASE, culprits="average", rungs=("accumulation",))
+def average_of_rounded_weights(patch: Patch) -> None:
+    """The moving average follows what the model computes with, not the float32 masters."""
+
+    def change(call: Any, self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
+        old = {path: leaf + 0 for path, leaf in state.get("ema", {}).items()}
+        moved, after = call(self, parameters, gradients, state, lr)
+        decay = self.config.ema_decay
+        averages = {path: decay * leaf + (1 - decay) * patch.cast(moved[path], "float32") for path, leaf in old.items()}
+        return moved, {**after, "ema": averages} if old else after
+
+    update(patch, change)
+
+
 @mutant("T86", case=_CASE, culprits="optimizer/ema/*", rungs=_RUNGS)
 def average_left_as_it_was(patch: Patch) -> None:
     """The running average is made and never brought up to date."""

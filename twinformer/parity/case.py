@@ -138,7 +138,8 @@ def telling_inputs(config: ModelConfig, seed: int, batch: int = 4, length: int |
 def _tokens(
     vocabulary: int, seed: int, name: str, batch: int, length: int, *, empty_row: bool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Row 0 has no padding, row 1 has it on the left, row 2 on the right, row 3 nothing else (if asked for)."""
+    """Row 0 has no padding, row 1 has it on the left, row 2 on the right and between tokens, row 3 nothing else (if
+    asked for)."""
     rng = stream(seed, f"inputs/{name}")
     tokens = rng.integers(0, vocabulary, (batch, length))
     for place, token in enumerate((1, 2, 3)):  # the rows of the table that tell most
@@ -150,6 +151,7 @@ def _tokens(
         real[1, :pad] = False
     if batch > 2:
         real[2, length - pad :] = False
+        real[2, [place for place in (1, length // 2) if 0 < place < length - pad]] = False
     if batch > 3 and empty_row:
         real[3] = False
     return tokens, real

@@ -48,4 +48,6 @@ def describe(config: ModelConfig, whole: ModelConfig) -> list[str]:
         told.append(f"{config.num_layers} of {whole.num_layers} layers")
     if config.vocab_size != whole.vocab_size:
         told.append(f"{config.vocab_size} of {whole.vocab_size:,} tokens")
+    if config.window is not None and config.window != whole.window:
+        told.append(f"a window of {config.window} instead of {whole.window}")
     return [f"a model of {' and '.join(told)} stands for the whole"] if told else []

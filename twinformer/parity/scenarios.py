@@ -14,9 +14,11 @@ from twinformer.initializers import stream
 from twinformer.parity.case import Arrays
 from twinformer.parity.writers import Array
 
-ROWS, PROMPT, NEW, SEARCHED = 3, 5, 8, 5
+# so many new tokens that whoever works in blocks (of steps, of slots) comes to a second and a third one
+ROWS, PROMPT, NEW, SEARCHED = 4, 5, 62, 5
 # a row's numbers depend on these, not on its place
-SEQUENCES = (5, 0, 2**31 + 1)
+SEQUENCES = (5, 0, 2**31 + 1, 3)
+_PLAIN = tuple(range(ROWS))
 SAMPLING = SamplingConfig(temperature=2.0, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
 SEED = 2**40 + 7
 PAD = 1
@@ -77,7 +79,7 @@ class Scenario:
     sampling: SamplingConfig | None = None
     stop: StopConfig = field(default_factory=StopConfig)
     allowed: Array | None = None
-    sequences: tuple[int, ...] = (0, 1, 2)
+    sequences: tuple[int, ...] = _PLAIN
 
     def options(self) -> dict[str, Any]:
         return {
@@ -85,7 +87,7 @@ class Scenario:
             "sampling": self.sampling,
             "stop": self.stop,
             "seed": SEED,
-            "rows": None if self.sequences == (0, 1, 2) else np.array(self.sequences),
+            "rows": None if self.sequences == _PLAIN else np.array(self.sequences),
             "allowed": self.allowed,
             "pad_id": PAD,
         }
@@ -111,7 +113,7 @@ class Search:
 
 
 def writing_for(config: ModelConfig) -> Writing:
-    """Prompts without padding, with it on the left, and on the right with a hole, as the context has room for them."""
+    """Prompts with padding on the left, on the right with a hole, and two without, as the context has room for them."""
     rng = stream(0, "scenarios")
     T = max(1, min(PROMPT, config.context_length // 2))
     real = np.ones((ROWS, T), np.bool_)

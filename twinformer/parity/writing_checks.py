@@ -101,7 +101,8 @@ def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
             writer.generate(writing.prompts, **writing.options(), **one.options()).tokens for one in (greedy, sampled)
         )
     stop = (int(free[0, min(2, free.shape[1] - 1)]),)
-    ending = (int(drawn[2, -1]),)
+    # the last row goes on to its end
+    ending = (next((int(token) for token in drawn[2, 3:] if token not in drawn[3]), int(drawn[2, -1])),)
     sequences = (tuple(map(int, drawn[0, 1:3])), tuple(map(int, drawn[1, 2:5])))
     return [
         greedy.ending(StopConfig(tokens=stop)),

@@ -2,7 +2,8 @@
 
 Two trainings in bfloat16 differ by rounding, so each twin is held against itself: one step over three micro-batches
 against a step over each of them. The gradients of a micro-batch are the same numbers both times, and what is done with
-them is float32 arithmetic. A gradient is read where it is kept, in a momentum that was 0 before.
+them is float32 arithmetic. A gradient is read where it is kept, in a momentum that was 0 before. The average of the
+weights is that of the float32 masters.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 BOUND = 1e-5
 # what is left of an update with rate 1 in the difference of two float32 weights, the largest of which are about 30
 MOVE_BOUND = 1e-3
+_DECAY = 0.5
 # the rate of the first step is the peak, without a warm-up
 TRAINING = TrainingConfig(
-    optimizer=OptimizerConfig(name="sgd", momentum=0.5, weight_decay=0.0, clip_norm=None),
+    optimizer=OptimizerConfig(name="sgd", momentum=0.5, weight_decay=0.0, clip_norm=None, ema_decay=_DECAY),
     schedule=ScheduleConfig(name="constant", peak=1.0, warmup_steps=0, total_steps=1),
     accumulation=3,
     dropout=False,
@@ -36,14 +38,14 @@ _SHARES = ((1.0, 0.1, 0.4),)
 
 
 def check(evidence: Evidence) -> Rung:
-    """Compare the sum's gradient, its norm and the first move of every weight with those of the parts."""
+    """Compare the sum's gradient, its norm, the first move and the average of every weight with those of the parts."""
     if not evidence.case.config.predicts_tokens:
         return does_not_apply("the model predicts no tokens")
     comparisons = []
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: sums of micro-batches in bfloat16")
         comparisons += of_twin(twin, evidence.case)
-    rung = rung_of(f"{len(comparisons)} sums and moves of each twin by itself", comparisons)
+    rung = rung_of(f"{len(comparisons)} sums, moves and averages of each twin by itself", comparisons)
     if rung.verdict == "differ":
         rung.culprits = list(dict.fromkeys(one.name.partition(" of ")[0] for one in comparisons if not one.agrees))
     return rung
@@ -73,6 +75,16 @@ def of_twin(twin: Twin, whole: Case) -> list[Comparison]:
     found += [
         compare(f"move of {path} ({twin.name})", move, -sums[path], bound=MOVE_BOUND, scale=scales[path])
         for path, move in _moves(together, case).items()
+    ]
+    averages, masters = _slot(together, "ema"), _slot(together, "master")
+    found += [
+        compare(
+            f"average of {path} ({twin.name})",
+            average,
+            _DECAY * case.tensors[path].astype(np.float64) + (1 - _DECAY) * masters[path],
+            bound=BOUND,
+        )
+        for path, average in averages.items()
     ]
     return found
 

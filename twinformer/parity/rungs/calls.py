@@ -1,13 +1,16 @@
 """Rung 1, continued: the other ways to call the same model.
 
 The case gives every optional input that it can. Here the model is called without any of them, which is the commonest
-call of all, and with positions of its own for every row, in no order: what is done by default is written down in other
-lines than what is done with what was given.
+call of all, with positions of its own for every row, in no order, and with several documents in a row: what is done by
+default is written down in other lines than what is done with what was given.
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+import numpy as np
+import numpy.typing as npt
 
 from twinformer.initializers import stream
 from twinformer.parity.case import Arrays, Case
@@ -60,7 +63,7 @@ def check(evidence: Evidence) -> Rung:
 
 
 def calls(case: Case) -> dict[str, Case]:
-    """The case cut to its first tokens, with nothing but tokens, and with positions in no order."""
+    """The case cut to its first tokens: nothing but tokens, positions in no order, several documents in a row."""
     names = [name for name in _TOKENS if name in case.inputs]
     plain: Arrays = {name: case.inputs[name][:, :_LENGTH] for name in names}
     cotangent = case.cotangent if case.cotangent.ndim == 2 else case.cotangent[:, :_LENGTH]
@@ -75,4 +78,22 @@ def calls(case: Case) -> dict[str, Case]:
         )
     types = {name: value[:, :_LENGTH] for name, value in case.inputs.items() if name == "token_types"}
     placed = dataclasses.replace(short, inputs=plain | masks | places | types)
-    return {"tokens only": short, "positions given": placed}
+    found = {"tokens only": short, "positions given": placed}
+    if names == ["tokens"] and case.config.head not in ("pooled", "sequence"):
+        packed = plain | types | {"segments": _documents(*plain["tokens"].shape)}
+        found["documents in a row"] = dataclasses.replace(short, inputs=packed)
+    return found
+
+
+def _documents(rows: int, length: int) -> npt.NDArray[np.int64]:
+    """``[rows, length]``: three documents in the first row, two in the next, and so on; then padding, or none.
+
+    Numbers fall and rise from one document to the next: they are names.
+    """
+    found = np.zeros((rows, length), np.int64)
+    for row in range(rows):
+        count = max(1, 3 - row)
+        ends = np.linspace(0, length - row % 2, count + 1).astype(int)
+        for number, begin, end in zip((5, 2, 9), ends[:-1], ends[1:], strict=False):
+            found[row, begin:end] = number
+    return found

@@ -82,7 +82,7 @@ def _gradients(
 def with_dropout(case: Case) -> Case:
     """The last tokens of the case with a key, and with dropout everywhere where it has none."""
     config = case.config
-    if not (config.dropout or config.attention_dropout or config.hidden_dropout):
+    if not any((config.dropout, config.attention_dropout, config.hidden_dropout, config.embedding_dropout)):
         config = config.replace(**_RATES)
     if config.head in ("sequence", "tokens") and not config.head_dropout:
         config = config.replace(head_dropout=0.1)

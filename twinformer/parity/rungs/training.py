@@ -41,7 +41,7 @@ TRAINING = TrainingConfig(
     z_loss=1e-3,
     seed=2**33 + 7,
 )
-# in one place: which keys go to which places is asked by the rung of dropout, here which step they belong to
+# of a model without dropout, in one place: which keys go where is asked by the rung of dropout, here to which step
 _RATES = {"dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.2}
 _TOLD = ("count", "learning_rate", "loss", "gradient_norm")
 
@@ -101,7 +101,9 @@ def first_parted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def prepared(whole: Case) -> tuple[Case, list[list[Batch]]]:
     """The model cut down, in float64 and with dropout, and what it is taught."""
-    config = whole.config.replace(**_RATES)
+    config = whole.config
+    if not any((config.dropout, config.attention_dropout, config.hidden_dropout, config.embedding_dropout)):
+        config = config.replace(**_RATES)
     small = dataclasses.replace(whole, config=config)
     sized = cut(small, lessons(config, ((1.0,),))[0][0].inputs, layers=1).config
     batches = lessons(sized)
