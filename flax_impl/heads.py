@@ -108,7 +108,8 @@ def pool(
 ) -> Float[Array, "B D"]:
     """The ``first`` or ``last`` real token of each row, the ``mean`` (wide) of all, or the ``max`` of each feature.
 
-    Without ``real`` every token is one. A row that has none gives 0, and so does its gradient.
+    Without ``real`` every token is one. A row that has none gives 0, and so does its gradient. Where several are the
+    largest, the first has the gradient.
     """
     h = jnp.asarray(h)
     T = h.shape[1]
@@ -119,7 +120,10 @@ def pool(
         found = jnp.take_along_axis(h, place[:, None, None], axis=1)[:, 0]
         return jnp.where(any_real, found, 0)
     if kind == "max":
-        return jnp.where(any_real, jnp.max(jnp.where(real[..., None], h, -jnp.inf), axis=1), 0)
+        # by index: the pull-back of jnp.max compares values that jit may compute twice, rounded differently
+        seen = jnp.where(real[..., None], h, -jnp.inf)
+        place = jnp.argmax(jax.lax.stop_gradient(seen), axis=1, keepdims=True)
+        return jnp.where(any_real, jnp.take_along_axis(seen, place, axis=1)[:, 0], 0)
     wide = jnp.where(real[..., None], h.astype(wide_dtype(h.dtype)), 0)
     count = jnp.maximum(jnp.sum(real, axis=1), 1)[:, None]
     return (jnp.sum(wide, axis=1) / count.astype(wide.dtype)).astype(h.dtype)

@@ -15,13 +15,16 @@ def scale_of(path: str, grads: Mapping[str, np.ndarray]) -> float:
     The gradients of queries and keys (their norms too) and of the position bias pass through the softmax, whose
     pull-back subtracts a mean. Where that cancels to nothing (the key bias always; all of them where a query sees a
     single key, or all keys share a bucket) what is left is rounding of terms as large as the values' gradient. So they
-    are measured by the largest gradient of the same attention layer, the bias of a stack by that of all its layers.
+    are measured by the largest gradient of the same attention layer, the bias of a stack by that of all its layers, and
+    so is the norm before a cross-attention, which gives queries only.
     """
     owner = path.rpartition(".")[0]  # "blocks.0.attention.query"
     layer, _, name = owner.rpartition(".")
     below = f"{layer}." if layer else ""
     if name in ("query", "key", "query_norm", "key_norm"):
         measures = [f"{below}{part}.{leaf}" for part in ("query", "key", "value", "output") for leaf in LEAVES]
+    elif name == "cross_attention_norm":
+        measures = [f"{below}cross_attention.{part}.{leaf}" for part in ("value", "output") for leaf in LEAVES] + [path]
     elif name == "relative_bias":
         measures = [p for p in grads if p.startswith(f"{below}blocks.") and ".attention." in p]
     else:

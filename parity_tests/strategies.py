@@ -4,7 +4,8 @@ Every choice is drawn freely; sizes are drawn as one of a few sets, because JAX 
 shape that it meets, and that is where the time goes. In most sets D, A·K, G·K, A·J and F all differ, so that a
 transposition or a wrong reshape shows; one is all squares, where only values can show it. Widths that a norm divides
 by their own spread are at least 3 (at 1 or 2 a LayerNorm gives ±1 or 0 whatever comes in: its true gradient is zero
-and only rounding noise is left to compare).
+and only rounding noise is left to compare). For the same reason branches of one or two dimensions have no norm at
+their end: what a single number scales, an RMSNorm makes the same whatever the number.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ def _config(pick: Pick, sizes: Sizes) -> ModelConfig:
         choices["pooler"] = pick("none", "tanh", "relu")
     if head == "pooled":
         choices["pool_normalize"] = pick(False, True)
+    branch = min(sizes.config["num_heads"] * sizes.config["value_dim"], sizes.config["hidden_dim"])
+    placements = ["pre", "post", *(["sandwich"] if branch >= 3 else [])]
     num_layers, window = pick(1, 1, 2, 3), pick(None, None, 1, 2, 3)
     if window is not None and num_layers > 1 and not two:
         choices["window_layers"] = pick(None, (0,), (num_layers - 1,))
@@ -133,7 +136,7 @@ def _config(pick: Pick, sizes: Sizes) -> ModelConfig:
         norm_bias=norm == "layernorm" and pick(False, True),
         norm_weight=pick("plain", "one_plus"),
         norm_cast=pick("after_weight", "before_weight"),
-        norm_placement=pick("pre", "post", "sandwich"),
+        norm_placement=pick(*placements),
         final_norm=pick(False, True),
         activation=pick("relu", "gelu", "gelu_tanh", "silu"),
         gated=pick(False, True),

@@ -1,17 +1,21 @@
 """What models make of their hidden states: against plain formulas in NumPy, under padding on either side."""
 
+import contextlib
 import math
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from parity_tests import references
+from parity_tests.helpers import FLAX, both, gradients, random_array, scatter_parameters
 from parity_tests.helpers import assert_close as close
-from parity_tests.helpers import both, gradients, random_array, scatter_parameters
 from twinformer import ConfigError, InputError, ModelConfig
 from twinformer.decoding import BeamConfig
 from twinformer.learning import TrainingConfig
 from twinformer.parameters import model_parameters
+from twinformer.parity.haste import hurried
 
 B, T, D, V = 4, 5, 6, 11
 TOKENS = np.random.default_rng(1).integers(0, V, (B, T))
@@ -81,6 +85,37 @@ def test_pools(twin, kind):
     assert np.isfinite(grads["h"]).all()
     assert (grads["h"][~REAL] == 0).all()
     close(pool(twin.array(h), None, kind), pooled(h, np.ones((B, T), bool), kind))
+
+
+@both
+def test_the_first_of_equal_largest_has_the_gradient(twin):
+    h = np.zeros((1, 3, 2))
+    h[0, :, 1] = 1, 3, 3
+    _, grads = gradients(twin, lambda h: twin.file("heads").pool(h, None, "max"), {"h": h}, cotangent=np.ones((1, 2)))
+    assert grads["h"].tolist() == [[[1, 0], [0, 1], [0, 0]]]
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_the_gradient_of_the_largest_is_the_same_compiled(few):
+    """XLA may compute the states twice, rounded differently: whoever looks for the largest by its value finds none."""
+    config = config_of(architecture="encoder", head="sequence", num_labels=3, pool="max", pooler="relu")
+    model, _ = model_of(FLAX, config)
+    graph, state = nnx.split(model)
+
+    def loss(state):
+        return (nnx.merge(graph, state)(FLAX.array(TOKENS), padding_mask=FLAX.array(REAL)) ** 2).sum()
+
+    eager = jax.grad(loss)(state)
+    with hurried({}) if few else contextlib.nullcontext():
+        compiled = jax.jit(jax.grad(loss))(state)
+    for path, leaf in nnx.to_flat_state(eager):
+        np.testing.assert_allclose(
+            dict(nnx.to_flat_state(compiled))[path][...],
+            leaf[...],
+            rtol=0,
+            atol=1e-11 * abs(leaf[...]).max(),
+            err_msg=path,
+        )
 
 
 @both

@@ -84,7 +84,8 @@ def pool(
     h: Float[Tensor, "B T D"], real: Bool[Tensor, "B T"] | None, kind: Literal["first", "last", "mean", "max"]
 ) -> Float[Tensor, "B D"]:
     """One vector of the real tokens of each row (``real`` None: all): ``first``, ``last``, ``mean`` (summed and divided
-    wide) or the ``max`` of each feature. A row without a real token gives 0.
+    wide) or the ``max`` of each feature. A row without a real token gives 0. Where several are the largest, the first
+    has the gradient.
     """
     if real is None:
         real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
@@ -94,7 +95,8 @@ def pool(
         wide = h.to(wide_dtype(h.dtype)).masked_fill(~there, 0.0)
         return (wide.sum(1) / there.sum(1).clamp(min=1)).to(h.dtype)
     if kind == "max":
-        return h.masked_fill(~there, -torch.inf).amax(1).masked_fill(~some, 0.0)
+        seen = h.masked_fill(~there, -torch.inf)
+        return seen.take_along_dim(seen.detach().argmax(1, keepdim=True), 1)[:, 0].masked_fill(~some, 0.0)
     places = torch.arange(h.shape[1], device=h.device)
     if kind == "first":
         place = places.masked_fill(~real, h.shape[1]).amin(-1).clamp(max=h.shape[1] - 1)

@@ -88,6 +88,7 @@ def parity(
         import jax
 
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
+        from twinformer.parity.abreast import is_worth_it
         from twinformer.parity.judge import check_rungs, judge
         from twinformer.parity.rungs import BY_DEFAULT, LADDER
         from twinformer.parity.subjects import find
@@ -103,7 +104,13 @@ def parity(
         with _err.status("reading the model") as status:
             found = find(subject, seed)
             witnesses = witnesses_for(found, witness)
-            report = judge(found.case, rungs=wanted, witnesses=witnesses, progress=status.update)
+            report = judge(
+                found.case,
+                rungs=wanted,
+                witnesses=witnesses,
+                progress=status.update,
+                abreast=is_worth_it(found.case),
+            )
         if found.published is not None and found.published.left_out:
             report.notes.append(f"in the file but not part of our model: {', '.join(found.published.left_out)}")
         if found.published is not None and found.published.unknown_fields:

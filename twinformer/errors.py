@@ -15,6 +15,10 @@ class TwinformerError(ValueError):
         count = len(self.problems)
         super().__init__(f"{subject}: {count} problem{'' if count == 1 else 's'}{lines}")
 
+    def __reduce__(self) -> tuple[type[TwinformerError], tuple[str, tuple[str, ...]]]:
+        """An error of another process arrives whole."""
+        return type(self), (self.subject, self.problems)
+
 
 class ConfigError(TwinformerError):
     """A configuration that contradicts itself or holds a value of the wrong kind."""

@@ -164,6 +164,7 @@ _MAKERS: dict[str, Callable[[str], Case]] = {
     "bert": _plain(_BERT),
     "masked-tokens": _plain(_BERT, head="tied", head_transform=True, head_bias=True),
     "labels": _plain(_BERT, head="sequence", head_bias=True, num_labels=3, pool="mean", pooler="tanh"),
+    "largest": _plain(_BERT, num_layers=1, head="sequence", num_labels=3, pool="max", pooler="relu"),
     "encoder": _plain(_DECODER | {"architecture": "encoder"}),
     "constant-rows": _constant_rows,
     "broken-padding": _broken_padding,

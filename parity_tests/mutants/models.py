@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from parity_tests.mutants.patching import Patch
 from parity_tests.mutants.registry import control, mutant
 
@@ -206,3 +208,20 @@ def transform_of_the_head_has_another_activation(patch: Patch) -> None:
 @mutant("T133", case="labels", culprits="head")
 def padding_is_pooled_too(patch: Patch) -> None:
     patch.function("heads", "pool", lambda pool: lambda h, real, kind: pool(h, None, kind))
+
+
+@mutant("T134", case="largest", rungs=("compilation",), twins=("flax_impl",))
+def maximum_pulled_back_by_comparing_values(patch: Patch) -> None:
+    """What jnp.max does: jit may compute ``h`` twice, rounded differently, and then nothing equals the largest."""
+
+    def wrong(pool: Any) -> Any:
+        def by_value(h: Any, real: Any, kind: Any) -> Any:
+            if kind != "max":
+                return pool(h, real, kind)
+            there = jnp.ones(h.shape[:2], bool) if real is None else jnp.asarray(real)
+            largest = jnp.max(jnp.where(there[..., None], h, -jnp.inf), axis=1)
+            return jnp.where(jnp.any(there, axis=1)[:, None], largest, 0)
+
+        return by_value
+
+    patch.function("heads", "pool", wrong)

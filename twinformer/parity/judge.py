@@ -10,6 +10,7 @@ import numpy as np
 
 from twinformer.config import ModelConfig
 from twinformer.errors import Problems, TwinformerError
+from twinformer.parity.abreast import APART, beside
 from twinformer.parity.case import Case
 from twinformer.parity.evidence import Evidence, Progress
 from twinformer.parity.report import Report
@@ -29,12 +30,14 @@ def judge(
     witnesses: Sequence[Callable[[Evidence, Report], None]] = (),
     twins: tuple[Twin, Twin] | None = None,
     progress: Progress = lambda _: None,
+    abreast: bool = False,
 ) -> Report:
     """Run the named rungs of the ladder on a case, in the ladder's order.
 
     Where rung 0 finds other parameter sets, the rungs above would compare different models: they are left
     out, and the report says so. ``witnesses`` are called with the evidence and the report, to add to it. ``twins``
-    stand in for the two implementations as they are.
+    stand in for the two implementations as they are. ``abreast``: about half of the rungs run in another process
+    (``abreast.beside`` says what that asks of the caller); never with ``twins``.
     Raises CannotJudgeError for rungs that there are not.
     """
     check_rungs(rungs)
@@ -42,10 +45,39 @@ def judge(
     needs_gradients = bool({"gradients", "precision", "compilation", "optimizer"} & set(rungs))
     evidence = Evidence(case, twins, with_gradients=needs_gradients, progress=progress)
     report = Report(subject=case.name, description=describe(case.config), rungs={}, config=case.config.to_dict())
+    elsewhere = [name for name in rungs if name in APART and abreast and twins is None]
+    with beside(climb_apart, case, elsewhere) as others:
+        _climb(evidence, report, [name for name in rungs if name not in elsewhere])
+        if "parameters" in report.rungs and _different_models(report.rungs["parameters"]):
+            report.notes.append("the twins hold different parameters: the rungs above were not run")
+        else:
+            progress(f"waiting for {', '.join(elsewhere)}")
+            found = report.rungs | others()
+            report.rungs = {step.name: found[step.name] for step in LADDER if step.name in found}
+            if "training" in report.rungs:
+                _where_else(report)
+            for witness in witnesses:
+                witness(evidence, report)
+        report.settings = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
+        for twin in evidence.twins:
+            report.settings |= twin.versions()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def climb_apart(case: Case, names: Sequence[str]) -> dict[str, Rung]:
+    """Rungs that need no other's verdict, on twins of their own."""
+    report = Report(subject=case.name, description="", rungs={}, config={})
+    _climb(Evidence(case, with_gradients="optimizer" in names), report, names)
+    return report.rungs
+
+
+def _climb(evidence: Evidence, report: Report, names: Sequence[str]) -> None:
+    """Add the rungs to the report, in the ladder's order, up to one that leaves nothing to compare above."""
     for step in LADDER:
-        if step.name not in rungs:
+        if step.name not in names:
             continue
-        progress(f"rung {step.number}: {step.name}")
+        evidence.progress(f"rung {step.number}: {step.name}")
         began = time.perf_counter()
         wrong = [
             name for name in ("forward", "calls", "gradients") if name in report.rungs and _differs(report.rungs[name])
@@ -56,19 +88,8 @@ def judge(
         else:
             report.rungs[step.name] = step.check(evidence)
         report.rungs[step.name].seconds = time.perf_counter() - began
-        if step.name == "training":
-            _where_else(report)
         if step.name == "parameters" and _different_models(report.rungs[step.name]):
-            report.notes.append("the twins hold different parameters: the rungs above were not run")
-            break
-    else:
-        for witness in witnesses:
-            witness(evidence, report)
-    report.settings = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
-    for twin in evidence.twins:
-        report.settings |= twin.versions()
-    report.seconds = time.perf_counter() - started
-    return report
+            return
 
 
 def check_rungs(rungs: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Rung 4: compiled or not, with or without remat, a model computes the same.
 
-The judge runs PyTorch eagerly and Flax under ``jax.jit``. Here each twin is held against itself: PyTorch under
-``torch.compile``, Flax without any jit, and both with every block computed again in the backward pass.
+The judge runs PyTorch eagerly and Flax under ``jax.jit``, and watches their modules. Here each twin is held against
+itself: PyTorch under ``torch.compile``, Flax under jit with nobody watching and without any jit, and both with every
+block computed again in the backward pass.
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""Rungs in a process of their own: the same verdicts, and nothing that happens there is lost."""
+
+import multiprocessing
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+from twinformer import ConfigError
+from twinformer.parity import judge, random_case
+from twinformer.parity.abreast import APART, beside, is_worth_it
+from twinformer.parity.rungs import LADDER
+from twinformer.parity.verdict import Rung
+from twinformer.presets import preset
+
+
+@pytest.fixture(scope="module")
+def case():
+    return random_case("gpt2", preset("gpt2").replace(num_layers=1), seed=3, batch=2, length=12)
+
+
+def threads(case, names):
+    return {name: Rung("differ", f"{case.name}, {os.getpid()}, {torch.get_num_threads()}") for name in names}
+
+
+def contradiction(case, names):
+    raise ConfigError(case.name, ["width: expected 3, got 4", "heads: expected 1, got 2"])
+
+
+def defect(case, names):
+    return {"sampling": 1 // len(case.name[:0])}
+
+
+def killed(case, names):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stuck(case, names):
+    signal.pause()
+
+
+def test_one_process_or_two_find_the_same(case):
+    rungs = ["persistence", "parameters", "forward"]
+    alone, abreast = (judge(case, rungs=rungs, abreast=how) for how in (False, True))
+    assert list(abreast.rungs) == list(alone.rungs) == ["parameters", "forward", "persistence"]
+    for name, rung in alone.rungs.items():
+        other = abreast.rungs[name]
+        assert (other.verdict, other.checked, other.notes) == (rung.verdict, rung.checked, rung.notes), name
+        assert [one.name for one in other.comparisons] == [one.name for one in rung.comparisons], name
+        assert len(rung.comparisons) > 0
+    assert abreast.verdict == alone.verdict == "agree"
+
+
+def test_what_is_found_elsewhere_counts(case, monkeypatch):
+    monkeypatch.setattr(sys.modules["twinformer.parity.judge"], "climb_apart", threads)
+    before = torch.get_num_threads()
+    report = judge(case, rungs=["parameters", "sampling"], abreast=True)
+    assert report.verdict == "differ"
+    name, pid, count = report.rungs["sampling"].checked.split(", ")
+    assert (name, int(count)) == ("gpt2", max(1, (os.cpu_count() or 1) // 2))
+    assert int(pid) != os.getpid()
+    assert torch.get_num_threads() == before
+
+
+def test_errors_arrive_as_they_are(case):
+    with (
+        pytest.raises(ConfigError, match="heads: expected 1, got 2") as caught,
+        beside(contradiction, case, ["sampling"]) as found,
+    ):
+        found()
+    assert caught.value.subject == "gpt2"
+    assert caught.value.problems == ("width: expected 3, got 4", "heads: expected 1, got 2")
+
+
+@pytest.mark.parametrize(
+    ("climb", "says"), [(defect, "ZeroDivisionError"), (killed, "sampling ended with exit code -9")]
+)
+def test_defects_are_no_verdict(case, climb, says):
+    with pytest.raises(RuntimeError, match=says), beside(climb, case, ["sampling"]) as found:
+        found()
+
+
+def test_nobody_is_left_behind(case):
+    children = []
+
+    def interrupted():
+        children.extend(multiprocessing.active_children())
+        assert [child.is_alive() for child in children] == [True]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), beside(stuck, case, ["sampling"]):
+        interrupted()
+    assert [child.is_alive() for child in children] == [False]
+
+
+def test_what_runs_apart():
+    """Rungs of the ladder, none of which looks at another's verdict."""
+    assert set(APART) < {step.name for step in LADDER}
+    assert not set(APART) & {"parameters", "forward", "calls", "gradients", "rounding", "precision", "compilation"}
+
+
+def test_large_models_have_one_process(case, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert is_worth_it(case)
+    monkeypatch.setattr("twinformer.parity.abreast._SMALL", 100)
+    assert not is_worth_it(case)
+    monkeypatch.setattr("twinformer.parity.abreast._SMALL", 10**9)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    assert not is_worth_it(case)
