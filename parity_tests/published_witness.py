@@ -189,7 +189,7 @@ def ours(twin: Twin, config: ModelConfig, tensors: Mapping[str, np.ndarray], tok
 
 
 def in_our_terms(read: pretrained.Pretrained, found: Arrays) -> Arrays:
-    """Gradients by published name as gradients by our path."""
+    """Gradients by published name as gradients by our path; that of a second name of a weight is added to its own."""
     family = pretrained.FAMILIES[read.family]
     shapes = {path: leaf.shape for path, leaf in model_parameters(read.config).items()}
     result = {name: value for name, value in found.items() if not name.startswith("gradient ")}
@@ -197,9 +197,11 @@ def in_our_terms(read: pretrained.Pretrained, found: Arrays) -> Arrays:
     for name, value in found.items():
         if not name.startswith("gradient "):
             continue
-        entry = entries[family.canonical(name.removeprefix("gradient "))]
+        canonical = family.canonical(name.removeprefix("gradient "))
+        entry = entries[canonical if canonical in entries else family.copies[canonical]]
         parts = entry.layout.unpack(value, [shapes[path] for path in entry.ours])
-        result |= {f"gradient {path}": part for path, part in zip(entry.ours, parts, strict=True)}
+        for path, part in zip(entry.ours, parts, strict=True):
+            result[f"gradient {path}"] = part + result.get(f"gradient {path}", 0.0)
     return result
 
 

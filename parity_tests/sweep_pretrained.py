@@ -13,12 +13,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from parity_tests import published_seq2seq as seq2seq
+from parity_tests import test_pretrained_encoders as encoders
 from parity_tests.helpers import FLAX, TORCH, Twin
 from parity_tests.published_decoders import KINDS, publish
 from parity_tests.published_draws import DRAWS
@@ -36,7 +38,6 @@ Examiner = Callable[[np.random.Generator, Sequence[Twin]], Finding]
 
 def decoder(family: str) -> Examiner:
     """Random settings, class, length and padding of a decoder-only family; also there and back, bit for bit."""
-
     kind = KINDS[family]
 
     def one(rng: np.random.Generator, twins: Sequence[Twin]) -> Finding:
@@ -62,7 +63,43 @@ def decoder(family: str) -> Examiner:
     return one
 
 
-EXAMINERS: dict[str, Examiner] = {family: decoder(family) for family in DRAWS}
+def two_stacks(family: str) -> Examiner:
+    """Random settings of an encoder with a decoder."""
+
+    def one(rng: np.random.Generator, twins: Sequence[Twin]) -> Finding:
+        seed = int(rng.integers(2**31))
+        settings = seq2seq.drawn(family, seed)
+        model = seq2seq.KINDS[family].make(settings, seed % 1000)
+        with tempfile.TemporaryDirectory() as place:
+            model.save_pretrained(place)
+            found = {twin.name: seq2seq.examine(twin, Path(place), model) for twin in twins}
+        return _flat(found), json.dumps(settings)
+
+    return one
+
+
+def encoder(family: str) -> Examiner:
+    """Random settings and class of an encoder."""
+
+    def one(rng: np.random.Generator, twins: Sequence[Twin]) -> Finding:
+        head, settings = encoders.drawn(family, int(rng.integers(2**31)))
+        with tempfile.TemporaryDirectory() as place:
+            model = encoders.published(family, head, Path(place), **settings)
+            found = {twin.name: encoders.examine(twin, model, Path(place)) for twin in twins}
+        return _flat(found), f"{head} {json.dumps(settings)}"
+
+    return one
+
+
+def _flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{twin}: {name}": error for twin, errors in found.items() for name, error in errors.items()}
+
+
+EXAMINERS: dict[str, Examiner] = {
+    **{family: decoder(family) for family in DRAWS},
+    **{family: two_stacks(family) for family in seq2seq.KINDS},
+    **{family: encoder(family) for family in encoders.SETTINGS},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
