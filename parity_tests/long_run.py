@@ -45,8 +45,8 @@ class Parted:
     unclipped: int
 
 
-def case_of(name: str) -> Case:
-    config = preset(name).replace(**_RATES)
+def case_of(name: str, **sizes: int) -> Case:
+    config = preset(name).replace(**_RATES, **sizes)
     batch = lessons(config, ((1.0,),))[0][0]
     return make_case(name, config, initial_weights(config, 7), batch.inputs)
 
@@ -116,10 +116,11 @@ def curves(torch_32: Trained, torch_64: Trained, flax_32: Trained, flax_64: Trai
     return Curves(rms(torch_32, torch_64), rms(flax_32, flax_64), rms(torch_32, flax_32))
 
 
-def both(name: str, steps: int = STEPS, eps: float = 1e-8) -> tuple[Parted, Curves]:
+def both(
+    case: Case, steps: int = STEPS, eps: float = 1e-8, twins: tuple[Twin, Twin] | None = None
+) -> tuple[Parted, Curves]:
     """Both twins in both dtypes. Clipping lies in the middle of the norms that a run without it has."""
-    case = case_of(name)
-    twins: tuple[Twin, Twin] = (TorchTwin(), FlaxTwin())
+    twins = twins or (TorchTwin(), FlaxTwin())
     wide = case.in_dtype("float64")
     free = run(twins[0], wide, training_of(steps, None, eps), steps)
     clip_norm = float(np.median([one.gradient_norm for one in free.steps if one.count]))
@@ -138,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in options.presets:
-        found, drawn = both(name, options.steps, options.eps)
+        found, drawn = both(case_of(name), options.steps, options.eps)
         rows.append({"preset": name, "eps": options.eps, **vars(found), "float32": vars(drawn)})
         print(json.dumps(rows[-1]), flush=True)  # noqa: T201
     if options.out is not None:

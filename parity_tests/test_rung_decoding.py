@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+import flax_impl
+import torch_impl
 from parity_tests.mutants import MUTANTS
 from parity_tests.mutants.cases import CASES
 from twinformer.parity import random_case
@@ -43,6 +45,28 @@ def planted(name, twin="torch_impl"):
 # ---- agreement
 
 
+def test_a_batch_of_one_is_looked_at(monkeypatch):
+    """The product with one row, without the bias."""
+    row = flax_impl.heads._unembed_row
+    monkeypatch.setattr(flax_impl.heads, "_unembed_row", lambda *args, bias=None, **options: row(*args, **options))
+    rung = decoding.check(Evidence(small("llama", head="untied", head_bias=True)))
+    assert rung.verdict == "differ"
+    assert all("a batch of one" in problem for problem in rung.problems)
+
+
+def test_a_window_is_left_while_decoding(monkeypatch):
+    """While decoding, a window in every block, though one has none; the window is longer than what is decoded."""
+    step = torch_impl.Block._step
+
+    def narrow(self, X, kept, memory, now, bias):
+        return step(self, X, kept, memory, now._replace(unbounded=None), bias)
+
+    monkeypatch.setattr(torch_impl.Block, "_step", narrow)
+    rung = decoding.check(Evidence(small("gemma", num_layers=2, window=32, window_layers=(0,))))
+    assert rung.verdict == "differ"
+    assert any("a window of 5 instead of 32" in note for note in rung.notes)
+
+
 def test_both_twins_decode_in_steps():
     rung = decoding.check(Evidence(small("textbook-decoder", num_layers=2)))
     assert rung.verdict == "agree", rung.problems
@@ -53,6 +77,7 @@ def test_both_twins_decode_in_steps():
                 assert {f"{twin}: {cut}, {cache}, {padding}" for padding in PADDINGS} <= names
         assert f"{twin}: token by token, fresh cache, no mask" in names
         assert f"{twin}: chunks, rows exchanged" in names
+        assert f"{twin}: token by token, a batch of one" in names
         assert f"{twin}: one prefill, positions given, logits of one place" in names
         assert {f"{twin}: token by token, NaN and infinities, {padding}" for padding in PADDINGS} <= names
     assert any(name.startswith("torch_impl, flax_impl: ") for name in names)

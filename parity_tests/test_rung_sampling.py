@@ -183,7 +183,7 @@ def test_both_twins_write_alike():
 def test_both_twins_search_alike():
     rung = beams.check(Evidence(small("textbook-decoder")))
     assert rung.verdict == "agree", rung.problems
-    assert rung.checked.startswith("48 hypotheses, ")
+    assert rung.checked.startswith("64 hypotheses, ")
     names = {one.name for one in rung.comparisons}
     for twin in ("torch_impl", "flax_impl"):
         assert {f"Generator (logprobs, greedy, {twin})", f"score (greedy, {twin})"} <= names

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+import torch_impl
 from parity_tests.mutants import MUTANTS
 from twinformer.data.batch import Batch
 from twinformer.parity import judge, random_case
@@ -58,7 +59,23 @@ def test_both_twins_train_alike():
     assert {"count", "learning rate", "loss", "gradient norm", "evaluation: total", "evaluation: correct"} <= told
     assert "update of stack.blocks.0.attention.key.weight" in told
     assert "optimizer/ema/stack.blocks.0.attention.key.weight" in told
-    assert {one.name.rpartition(", ")[2] for one in rung.comparisons} == {"flax_impl)", "by hand)"}
+    begun = {one.name for one in rung.comparisons if "weights of seed" in one.name}
+    assert {name.partition(":")[0] for name in begun} == {"torch_impl", "flax_impl"}
+    assert {one.name.rpartition(", ")[2] for one in rung.comparisons if one.name not in begun} == {
+        "flax_impl)",
+        "by hand)",
+    }
+
+
+def test_other_initial_weights_are_found(monkeypatch):
+    """Those of seed 0, whatever the seed."""
+    build = torch_impl.training.build
+    monkeypatch.setattr(
+        torch_impl.training, "build", lambda config, seed: build(config, seed=None if seed is None else 0)
+    )
+    rung = training.check(torch_twice(small("textbook-decoder")))
+    assert rung.verdict == "differ"
+    assert rung.culprits == ["initial weights"]
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "llama"])

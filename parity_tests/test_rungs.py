@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import flax_impl
 import torch_impl
 from parity_tests.helpers import shape_hook_off
 from twinformer.parity import judge, random_case
@@ -243,13 +244,13 @@ def test_a_model_with_remat_is_kept_with_it():
 def test_each_twin_reads_what_the_other_wrote():
     rung = persistence.check(Evidence(small("textbook-encoder-decoder")))
     assert rung.verdict == "agree", rung.problems
-    assert rung.checked.startswith("12 ways")
+    assert rung.checked.startswith("14 ways")
 
 
 def test_one_bit_lost_on_the_way_is_found():
     class Loses(TorchTwin):
-        def loaded(self, directory):
-            leaves = super().loaded(directory)
+        def loaded(self, directory, dtype=None):
+            leaves = super().loaded(directory, dtype)
             path = "stack.final_norm.weight"
             bits = leaves[path].view(np.uint8).copy()
             bits[0] ^= 1
@@ -257,21 +258,38 @@ def test_one_bit_lost_on_the_way_is_found():
 
     rung = persistence.check(Evidence(small("llama"), (Loses(), FlaxTwin())))
     assert rung.verdict == "differ"
-    assert len(rung.problems) == 6
+    assert len(rung.problems) == 7
     assert all(problem.startswith("stack.final_norm.weight") for problem in rung.problems)
 
 
 def test_another_dtype_is_found():
     class Widens(FlaxTwin):
-        def loaded(self, directory):
-            return {path: leaf.astype(np.float64) for path, leaf in super().loaded(directory).items()}
+        def loaded(self, directory, dtype=None):
+            return {path: leaf.astype(np.float64) for path, leaf in super().loaded(directory, dtype).items()}
 
     rung = persistence.check(Evidence(small("llama"), (TorchTwin(), Widens())))
     assert rung.verdict == "differ"
     assert any("expected bfloat16" in problem and "float64 in the model" in problem for problem in rung.problems)
 
 
+def test_a_dtype_that_was_asked_for_and_not_given_is_found(monkeypatch):
+    load = flax_impl.load
+    monkeypatch.setattr(flax_impl, "load", lambda directory, dtype=None: load(directory))
+    rung = persistence.check(Evidence(small("gpt2", num_layers=1)))
+    assert rung.verdict == "differ"
+    told = [problem for problem in rung.problems if "expected bfloat16, got float32 in the model" in problem]
+    assert told
+    assert all(problem.startswith("flax_impl, as bfloat16") for problem in told)
+
+
 # ---- a run that was stopped
+
+
+def test_rows_of_a_matrix_are_not_taken_for_columns(monkeypatch):
+    monkeypatch.setattr("flax_impl.training._EXCHANGED", {})
+    rung = resumption.check(Evidence(small("textbook-decoder", num_layers=1)))
+    assert rung.verdict == "differ"
+    assert all("adafactor" in problem for problem in rung.problems)
 
 
 @pytest.mark.parametrize("name", ["textbook-encoder-decoder", "bert"])

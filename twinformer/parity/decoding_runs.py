@@ -124,6 +124,7 @@ def decode(make: Callable[[bool], Decoder], plan: Plan) -> Decoded:
         "poisoned": whole(poisoned, plan.poisoned, plan.real, counted(plan.real)),
     }
     full["reordered"] = full["masked"][list(ORDER)]
+    full["alone"] = full["masked"][:1]
     full["placed"] = np.take_along_axis(full["placed"], plan.at[:, None, None], 1)
     return Decoded(full, _cells(sound, poisoned, plan))
 
@@ -148,6 +149,9 @@ def _cells(sound: Decoder, poisoned: Decoder, plan: Plan) -> dict[str, FloatArra
         found[f"masked: {name}, reused cache"], _ = in_steps(sound, sound.reset(cache), plan.tokens, plan.real, cut)
     by_token = plan.cuts["token by token"]
     found["bare: token by token, fresh cache"], _ = in_steps(sound, _start(sound, plan), plan.tokens, None, by_token)
+    # products with one row are computed in another way
+    alone = sound.start(1, plan.slots, *(None if x is None else x[:1] for x in (plan.source, plan.source_real)))
+    found["alone: token by token, a batch of one"], _ = in_steps(sound, alone, plan.tokens[:1], plan.real[:1], by_token)
     chunks = plan.cuts["chunks"]
     for name in ("chunks", "token by token"):
         cache = _start(poisoned, plan)

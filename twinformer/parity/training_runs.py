@@ -83,6 +83,13 @@ def train(
     return Trained(tuple(steps), kept, weights, evaluation, exported)
 
 
+def fresh(trainer: Trainer) -> dict[str, npt.NDArray[Any]]:
+    """The parameters that a trainer begins with where nobody gives any."""
+    prefix = "parameters/"
+    exported = trainer.export_state(trainer.init())
+    return {name.removeprefix(prefix): np.array(x) for name, x in exported.items() if name.startswith(prefix)}
+
+
 def _parameters(exported: Mapping[str, npt.NDArray[Any]]) -> Leaves:
     prefix = "parameters/"
     return {name.removeprefix(prefix): widened(x) for name, x in exported.items() if name.startswith(prefix)}

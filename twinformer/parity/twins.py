@@ -29,14 +29,14 @@ import flax_impl.training as flax_training
 import torch_impl
 import torch_impl.training as torch_training
 from twinformer.checks import dtype_name
-from twinformer.config import ModelConfig
+from twinformer.config import DType, ModelConfig
 from twinformer.data.batch import Batch
 from twinformer.learning import TrainingConfig
 from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
 from twinformer.parity.decoders import Decoder, FlaxDecoder, TorchDecoder
 from twinformer.parity.haste import hurried
-from twinformer.parity.training_runs import Trained, train
+from twinformer.parity.training_runs import Trained, fresh, train
 from twinformer.parity.writers import Chooser, FlaxChooser, FlaxWriter, TorchChooser, TorchWriter, Writer
 
 Precision = Literal["default", "highest"]
@@ -125,8 +125,11 @@ class Twin(Protocol):
     def save(self, case: Case, directory: Path) -> None:
         """Write the case's model as a model directory with the twin's own means."""
 
-    def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
-        """What the twin loads from a model directory, as its bridge gives it back."""
+    def loaded(self, directory: Path, dtype: DType | None = None) -> dict[str, npt.NDArray[Any]]:
+        """What the twin loads from a model directory, in another dtype if asked, as its bridge gives it back."""
+
+    def fresh(self, case: Case, training: TrainingConfig) -> Arrays:
+        """The parameters that its trainer begins with where nobody gives any."""
 
     def train(
         self,
@@ -279,8 +282,11 @@ class TorchTwin:
     def save(self, case: Case, directory: Path) -> None:
         torch_impl.save(self._model(case, as_configured=True), directory)
 
-    def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
-        return torch_impl.export_weights(torch_impl.load(directory))
+    def loaded(self, directory: Path, dtype: DType | None = None) -> dict[str, npt.NDArray[Any]]:
+        return torch_impl.export_weights(torch_impl.load(directory, dtype=dtype))
+
+    def fresh(self, case: Case, training: TrainingConfig) -> Arrays:
+        return fresh(torch_training.Trainer(case.config, training))
 
     def train(
         self,
@@ -438,10 +444,14 @@ class FlaxTwin:
             model: Any = self._model(case, as_configured=True)
             flax_impl.save(model, directory)
 
-    def loaded(self, directory: Path) -> dict[str, npt.NDArray[Any]]:
+    def loaded(self, directory: Path, dtype: DType | None = None) -> dict[str, npt.NDArray[Any]]:
         with jax.enable_x64(True):  # for a model in float64; others stay what they are
-            leaves: dict[str, npt.NDArray[Any]] = flax_impl.export_weights(flax_impl.load(directory))
+            leaves: dict[str, npt.NDArray[Any]] = flax_impl.export_weights(flax_impl.load(directory, dtype=dtype))
             return leaves
+
+    def fresh(self, case: Case, training: TrainingConfig) -> Arrays:
+        with _x64(case):
+            return fresh(flax_training.Trainer(case.config, training))
 
     def train(
         self,

@@ -101,8 +101,10 @@ def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
             writer.generate(writing.prompts, **writing.options(), **one.options()).tokens for one in (greedy, sampled)
         )
     stop = (int(free[0, min(2, free.shape[1] - 1)]),)
-    # the last row goes on to its end
-    ending = (next((int(token) for token in drawn[2, 3:] if token not in drawn[3]), int(drawn[2, -1])),)
+    # sequences end the first two rows, a token the third; the last goes on for as long as it can
+    early, last = {*drawn[0, :3].tolist(), *drawn[1, :5].tolist()}, drawn[3].tolist()
+    able = [token for token in drawn[2, 3:].tolist() if token not in early] or drawn[2, -1:].tolist()
+    ending = (max(able, key=lambda token: last.index(token) if token in last else len(last)),)
     sequences = (tuple(map(int, drawn[0, 1:3])), tuple(map(int, drawn[1, 2:5])))
     return [
         greedy.ending(StopConfig(tokens=stop)),

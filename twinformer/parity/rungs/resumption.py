@@ -2,7 +2,8 @@
 
 Each twin runs to the end, and once more to the middle, where all that its trainer needs is written to a file. Both
 twins go on from both files. In the framework that wrote it the rest is the same bit for bit; in the
-other one it is that one's own run within the bound of rung 6.
+other one it is that one's own run within the bound of rung 6. What Adafactor keeps of a matrix has an orientation: a
+step of it is compared too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from twinformer.parity.case import Arrays
+from twinformer.data.batch import Batch
+from twinformer.learning import OptimizerConfig
+from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import Comparison
 from twinformer.parity.cut import describe
 from twinformer.parity.evidence import Evidence
@@ -49,9 +52,20 @@ def check(evidence: Evidence) -> Rung:
             if saver == twin.name:
                 found = [dataclasses.replace(one, bound=0.0) for one in found]
             comparisons += found
+    found, wrong = _factors(evidence, case, lessons[:1])
+    comparisons, problems = comparisons + found, problems + wrong
     rung = rung_of(f"4 ways, {len(comparisons)} figures", comparisons, problems)
     rung.notes += describe(case.config, whole.config)
     return rung
+
+
+def _factors(evidence: Evidence, case: Case, lessons: list[list[Batch]]) -> tuple[list[Comparison], list[str]]:
+    """What Adafactor keeps after a step: of rows or of columns, as PyTorch orients a matrix, in either twin's file."""
+    training = dataclasses.replace(rung_6.TRAINING, optimizer=OptimizerConfig(name="adafactor", weight_decay=0.1))
+    first, second = (twin.name for twin in evidence.twins)
+    ours, theirs = (twin.train(case, training, [lessons], evaluate=False)[0] for twin in evidence.twins)
+    label = f"adafactor, {first}, {second}"
+    return rung_6.compared(label, ours, theirs), rung_6.state_problems(label, ours, theirs, (first, second))
 
 
 def _through_a_file(state: Arrays) -> Arrays:

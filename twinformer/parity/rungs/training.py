@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from twinformer.data.batch import Batch
+from twinformer.initializers import initial_weights
 from twinformer.learning import OptimizerConfig, ScheduleConfig, TrainingConfig
 from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
@@ -64,6 +66,11 @@ def check(evidence: Evidence) -> Rung:
         )
         by_hand = train_by_hand(evidence.twins[0], case, training, batches)
     runs = []
+    begin = [
+        compare(f"{twin.name}: weights of seed {training.seed}: {path}", leaf, drawn, bound=0.0)
+        for twin in evidence.twins
+        for path, leaf, drawn in _begun(twin, case, training)
+    ]
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: {STEPS} steps")
         runs += twin.once("training", case, partial(twin.train, case, training, [batches]))
@@ -81,13 +88,22 @@ def check(evidence: Evidence) -> Rung:
         more = compared(f"{second}, by hand", runs[1], by_hand)
         comparisons += [] if all(one.agrees for one in more) else more
     parted = first_parted(comparisons)
-    rung = rung_of(f"{STEPS} steps, {len(comparisons)} figures", comparisons, problems)
+    rung = rung_of(f"{STEPS} steps, {len(comparisons)} figures", [*comparisons, *begin], problems)
     if rung.verdict == "agree" and _kinds(by_hand, training) != {True, False}:
         rung.verdict, rung.problems = "cannot tell", ["clipping: expected active and inactive steps, got one kind only"]
     if rung.verdict == "differ":
         _blame(rung, parted)
+        if not all(one.agrees for one in begin):
+            rung.culprits.append("initial weights")
     rung.notes += describe(case.config, whole.config)
     return rung
+
+
+def _begun(twin: Twin, case: Case, training: TrainingConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Path, the twin's value and the contract's, of all weights where nobody gives any."""
+    drawn = initial_weights(case.config, training.seed)
+    for path, leaf in twin.fresh(case, training).items():
+        yield path, leaf, drawn.get(path, np.empty(0))
 
 
 def first_parted(comparisons: Sequence[Comparison]) -> list[Comparison]:
