@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from twinformer.checkpoint import write_model
+from twinformer.cli import app
 from twinformer.config import ModelConfig
 from twinformer.initializers import initial_weights
 from twinformer.parity.case import telling_weights
@@ -25,6 +27,13 @@ def twinformer(*arguments: str, **environment: str) -> subprocess.CompletedProce
         timeout=300,
         env=os.environ | {"COLUMNS": "160"} | environment,
     )
+
+
+def here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same without a process of its own, for what is refused before anything runs."""
+    done = CliRunner().invoke(app, arguments)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def small_config() -> ModelConfig:
@@ -80,11 +89,11 @@ def test_fresh_initial_weights_are_judged_too(tmp_path):
 
 def test_what_cannot_be_judged_is_exit_code_2(tmp_path):
     refused(twinformer("parity", "no-such-model"), "no-such-model", "textbook-encoder")
-    refused(twinformer("parity", "gpt2", "--rungs", "forwards,shards"), "forwards", "shards", "2 problems")
-    refused(twinformer("parity", "gpt2", "--witness", "transformers"), "published")
+    refused(here("parity", "gpt2", "--rungs", "forwards,shards"), "forwards", "shards", "2 problems")
+    refused(here("parity", "gpt2", "--witness", "transformers"), "published")
     files = ("--json", str(tmp_path / "absent" / "x.json"), "--html", str(tmp_path))
-    refused(twinformer("parity", "gpt2", *files), "absent", "got a directory")
-    refused(twinformer("parity", str(tmp_path)), "config.json")
+    refused(here("parity", "gpt2", *files), "absent", "got a directory")
+    refused(here("parity", str(tmp_path)), "config.json")
 
 
 def test_damaged_weights_are_one_message_that_names_all(tmp_path):
@@ -95,7 +104,7 @@ def test_damaged_weights_are_one_message_that_names_all(tmp_path):
     weights["stack.blocks.0.attention.key.bias"][3] = np.nan
     write_model(tmp_path / "model", small_config(), weights)
     refused(
-        twinformer("parity", str(tmp_path / "model")),
+        here("parity", str(tmp_path / "model")),
         "stack.final_norm.bias",
         "surplus",
         "(7,)",
@@ -108,14 +117,14 @@ def test_a_config_that_contradicts_itself_is_exit_code_2(tmp_path):
     values = small_config().to_dict() | {"num_kv_heads": 2, "norm_eps": -1.0}
     values.pop("gated")
     (tmp_path / "model" / "config.json").write_text(json.dumps(values))
-    refused(twinformer("parity", str(tmp_path / "model")), "num_kv_heads", "norm_eps", "gated: missing")
+    refused(here("parity", str(tmp_path / "model")), "num_kv_heads", "norm_eps", "gated: missing")
 
 
 def test_the_configuration_of_a_preset_is_printed_whole():
     done = twinformer("config", "llama")
     assert done.returncode == 0
     assert ModelConfig.from_json(done.stdout) == preset("llama")
-    refused(twinformer("config", "lama"), "lama", "llama")
+    refused(here("config", "lama"), "lama", "llama")
 
 
 def test_a_missing_framework_is_said_plainly(tmp_path):

@@ -24,7 +24,7 @@ def small(name: str, length: int = 12):
 
 
 #: judged on every rung; the others without those that build programs of their own, which take longest
-WHOLE = ("bert", "llama", "t5")
+WHOLE = ("bert", "llama")
 
 
 @pytest.mark.parametrize("name", PRESETS)

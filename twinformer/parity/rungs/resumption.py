@@ -25,6 +25,7 @@ from twinformer.parity.rungs import training as rung_6
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 
 STEPS, STOP = 6, 3
+_FACTORS = tuple(f"optimizer/{name}/" for name in ("row", "column", "exp_avg_sq"))
 
 
 def check(evidence: Evidence) -> Rung:
@@ -60,12 +61,16 @@ def check(evidence: Evidence) -> Rung:
 
 
 def _factors(evidence: Evidence, case: Case, lessons: list[list[Batch]]) -> tuple[list[Comparison], list[str]]:
-    """What Adafactor keeps after a step: of rows or of columns, as PyTorch orients a matrix, in either twin's file."""
+    """What Adafactor keeps after a step: of rows or of columns, as PyTorch orients a matrix, in either twin's file.
+
+    Not the step: it divides by its own size a gradient that is zero by mathematics.
+    """
     training = dataclasses.replace(rung_6.TRAINING, optimizer=OptimizerConfig(name="adafactor", weight_decay=0.1))
     first, second = (twin.name for twin in evidence.twins)
     ours, theirs = (twin.train(case, training, [lessons], evaluate=False)[0] for twin in evidence.twins)
     label = f"adafactor, {first}, {second}"
-    return rung_6.compared(label, ours, theirs), rung_6.state_problems(label, ours, theirs, (first, second))
+    kept = [one for one in rung_6.compared(label, ours, theirs) if one.name.startswith(_FACTORS)]
+    return kept, rung_6.state_problems(label, ours, theirs, (first, second))
 
 
 def _through_a_file(state: Arrays) -> Arrays:
