@@ -1,8 +1,8 @@
 """Set up before anything is imported: float64 in JAX, compiled programs kept on disk, shapes checked on every call.
 
-JAX compiles each operation for each shape, which is most of the time that the tests take: the programs are kept in
-pytest's cache directory, where the other worker and the next run find them (JAX's key holds the program, the versions
-and the machine).
+JAX compiles each operation for each shape, which is most of the time that the tests take: machine code is made with
+little care (set ``XLA_FLAGS`` for another choice), and the programs are kept in pytest's cache directory, where the
+other worker and the next run find them (JAX's key holds the program, the flags, the versions and the machine).
 
 jaxtyping's import hook checks every annotated shape and dtype of both twins while the tests run, with beartype. A call
 with a wrong shape is then refused by the hook before the project's own checks see it; a test of those checks asks for
@@ -15,6 +15,11 @@ import sys
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
