@@ -57,8 +57,11 @@ def test_legitimate_differences_are_controls():
 
 
 def test_both_twins_are_faulty_in_turn():
+    """But for what only a compiler makes a fault of."""
     twins = {mutant.id: {other.twin for other in MUTANTS if other.id == mutant.id} for mutant in MUTANTS}
-    assert all(found == {"torch_impl", "flax_impl"} for found in twins.values())
+    assert {name: found for name, found in twins.items() if found != {"torch_impl", "flax_impl"}} == {
+        "T134": {"flax_impl"}
+    }
 
 
 @pytest.mark.parametrize("planted", [*MUTANTS, *CONTROLS], ids=lambda planted: planted.label)
@@ -291,7 +294,7 @@ def test_without_a_checkout_it_says_so(tmp_path):
 
 
 def test_ctrl_c_prints_what_was_done():
-    command = [sys.executable, "-m", "twinformer.cli", "mutants", "A7", "--jobs", "1"]
+    command = [sys.executable, "-m", "twinformer.cli", "mutants", "--jobs", "1"]  # all: not done in a few seconds
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

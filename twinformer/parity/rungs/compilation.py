@@ -48,8 +48,15 @@ def check(evidence: Evidence) -> Rung:
                 if path in run.gradients
             ]
     rung = rung_of(f"{modes} modes, {len(comparisons)} tensors", comparisons, problems)
+    if rung.verdict == "differ":  # which way of running it, of which twin
+        rung.culprits = list(dict.fromkeys(_mode(one.name) for one in comparisons if not one.agrees))
     if reasons and rung.verdict == "agree":
         rung.verdict, rung.problems = "cannot tell", reasons
     else:
         rung.notes += reasons
     return rung
+
+
+def _mode(name: str) -> str:
+    """Of a comparison called ``tensor (twin, mode)``."""
+    return name.rpartition(" (")[2].rstrip(")")
