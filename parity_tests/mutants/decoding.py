@@ -175,7 +175,7 @@ def window_of_the_cache_too_narrow(patch: Patch) -> None:
         return lambda cache, config, *more: call(cache, config.replace(window=config.window - 1), *more)
 
     def flax_open(call: Any) -> Any:
-        return lambda *args, window, **options: call(*args, window=window - 1, **options)
+        return lambda *args, config, **options: call(*args, config=config.replace(window=config.window - 1), **options)
 
     if patch.is_torch:
         patch.function("cache", "_begin", torch_begin)

@@ -210,7 +210,13 @@ def padding_is_pooled_too(patch: Patch) -> None:
     patch.function("heads", "pool", lambda pool: lambda h, real, kind: pool(h, None, kind))
 
 
-@mutant("T134", case="largest", culprits="flax_impl, unwatched", rungs=("compilation",), twins=("flax_impl",))
+@mutant(
+    "T134",
+    case="largest",
+    culprits=("flax_impl, unwatched", "flax_impl, remat"),
+    rungs=("compilation",),
+    twins=("flax_impl",),
+)
 def maximum_pulled_back_by_comparing_values(patch: Patch) -> None:
     """What jnp.max does: jit may compute ``h`` twice, rounded differently, and then nothing equals the largest."""
 

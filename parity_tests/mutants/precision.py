@@ -122,7 +122,7 @@ def embedding_scale_not_rounded(patch: Patch) -> None:
     patch.bound("embeddings", *(("torch", "tensor") if patch.is_torch else ("jnp", "asarray")), wrong)
 
 
-@mutant("W11", case="low-decoder", culprits="the model itself", rungs=LOW)
+@mutant("W11", case="low-decoder", culprits=("head", "the model itself"), rungs=LOW)
 def logits_left_wide(patch: Patch) -> None:
     """The last product is made, and given back, in float32."""
 
