@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import sys
 
 import numpy as np
 import pytest
 
+import torch_impl
 from parity_tests.mutants import MUTANTS
 from parity_tests.mutants.cases import CASES
 from twinformer.decoding import BeamConfig, SamplingConfig, StopConfig
@@ -267,6 +269,30 @@ def test_two_that_are_wrong_alike_are_found(name):
         found = rung.check(torch_twice(CASES[mutant.case]()))
     assert found.verdict == "differ"
     assert found.culprits == [(DEFINITIONS | SEARCHES)[name]]
+
+
+def numbers_of_the_first_steps_again(monkeypatch):
+    right = torch_impl.generation.uniforms
+    monkeypatch.setattr(torch_impl.generation, "uniforms", lambda keys, steps: right(keys, steps % 32))
+
+
+def last_slots_not_looked_at(monkeypatch):
+    right = torch_impl.cache._round_up
+
+    def down(count, multiple):
+        looks = sys._getframe(1).f_globals["__name__"] == "torch_impl.cache"  # a generator makes caches with it
+        return max(count // multiple, 1) * multiple if looks else right(count, multiple)
+
+    monkeypatch.setattr(torch_impl.cache, "_round_up", down)
+
+
+@pytest.mark.parametrize("plant", [numbers_of_the_first_steps_again, last_slots_not_looked_at])
+def test_texts_are_longer_than_what_is_made_at_a_time(plant, monkeypatch):
+    """Random numbers come for 32 steps at a time, slots of a cache are looked at by 64."""
+    plant(monkeypatch)
+    rung = sampling.check(torch_twice(small("gpt2", vocab_size=400, context_length=80)))
+    assert rung.verdict == "differ"
+    assert rung.culprits[0] == "Generator"
 
 
 class Changed(Other):

@@ -78,6 +78,20 @@ def test_other_initial_weights_are_found(monkeypatch):
     assert rung.culprits == ["initial weights"]
 
 
+def test_a_models_own_dropout_is_trained_with(monkeypatch):
+    """No key where only embeddings drop, which no rate of the judge's own choosing would show."""
+    loss = torch_impl.training.Trainer._eager_loss
+
+    def wrong(self, *arguments):
+        config = self.config
+        drops = config.dropout or config.attention_dropout or config.hidden_dropout
+        return loss(self, *arguments[:-1], arguments[-1] if drops else None)
+
+    monkeypatch.setattr(torch_impl.training.Trainer, "_eager_loss", wrong)
+    assert training.check(torch_twice(small("gpt2"))).verdict == "agree"
+    assert training.check(torch_twice(small("gpt2", embedding_dropout=0.1))).verdict == "differ"
+
+
 @pytest.mark.parametrize("name", ["bert", "t5", "llama"])
 def test_other_models_train_as_the_judge_has_it(name):
     rung = training.check(torch_twice(small(name)))
