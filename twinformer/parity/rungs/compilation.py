@@ -13,6 +13,7 @@ from twinformer.parity.modes import MODES, cpp_compiler, run_in_mode
 from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
 from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
 from twinformer.parity.rungs.stochastic import with_dropout
+from twinformer.parity.twins import Run
 from twinformer.parity.verdict import Rung, rung_of
 
 
@@ -36,17 +37,8 @@ def check(evidence: Evidence) -> Rung:
                 usual, run = twin.run(noisy, gradients=True, detail="blocks"), run_in_mode(twin, noisy, mode)
             else:
                 usual, run = plain, run_in_mode(twin, case, mode)
-            scales = sibling_scales(usual.gradients)
-            problems += [
-                f"{label}: {problem}"
-                for problem in set_problems("gradient of parameter", run.gradients, usual.gradients, (mode, "usual"))
-            ]
-            comparisons.append(compare(f"output ({label})", run.output, usual.output, bound=FORWARD_BOUND))
-            comparisons += [
-                compare(f"{path} ({label})", run.gradients[path], gradient, bound=GRADIENT_BOUND, scale=scales[path])
-                for path, gradient in usual.gradients.items()
-                if path in run.gradients
-            ]
+            found, wrong = against_itself(label, run, usual, (mode, "usual"))
+            comparisons, problems = comparisons + found, problems + wrong
     rung = rung_of(f"{modes} modes, {len(comparisons)} tensors", comparisons, problems)
     if rung.verdict == "differ":  # which way of running it, of which twin
         rung.culprits = list(dict.fromkeys(_mode(one.name) for one in comparisons if not one.agrees))
@@ -55,6 +47,22 @@ def check(evidence: Evidence) -> Rung:
     else:
         rung.notes += reasons
     return rung
+
+
+def against_itself(label: str, run: Run, usual: Run, sides: tuple[str, str]) -> tuple[list[Comparison], list[str]]:
+    """Another run of the same twin: its output and every parameter's gradient; and gradients on one side only."""
+    problems = [
+        f"{label}: {problem}"
+        for problem in set_problems("gradient of parameter", run.gradients, usual.gradients, sides)
+    ]
+    scales = sibling_scales(usual.gradients)
+    comparisons = [compare(f"output ({label})", run.output, usual.output, bound=FORWARD_BOUND)]
+    comparisons += [
+        compare(f"{path} ({label})", run.gradients[path], gradient, bound=GRADIENT_BOUND, scale=scales[path])
+        for path, gradient in usual.gradients.items()
+        if path in run.gradients
+    ]
+    return comparisons, problems
 
 
 def _mode(name: str) -> str:

@@ -18,10 +18,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
+from twinformer.parity.compare import Comparison
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
-from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
+from twinformer.parity.rungs.compilation import against_itself
 from twinformer.parity.rungs.stochastic import with_dropout
 from twinformer.parity.sharded import RANKS, Arrays, parts
 from twinformer.parity.twins import Run
@@ -53,20 +52,8 @@ def check(evidence: Evidence, *, prepare: str = "") -> Rung:
             failed.append(f"{twin.name}: {error}")
             continue
         notes.append(f"{twin.name}: {spread}")
-        label = f"{twin.name}, sharded"
-        scales = sibling_scales(usual.gradients)
-        problems += [
-            f"{label}: {problem}"
-            for problem in set_problems(
-                "gradient of parameter", run.gradients, usual.gradients, ("sharded", "on one device")
-            )
-        ]
-        comparisons.append(compare(f"output ({label})", run.output, usual.output, bound=FORWARD_BOUND))
-        comparisons += [
-            compare(f"{path} ({label})", run.gradients[path], gradient, bound=GRADIENT_BOUND, scale=scales[path])
-            for path, gradient in usual.gradients.items()
-            if path in run.gradients
-        ]
+        found, wrong = against_itself(f"{twin.name}, sharded", run, usual, ("sharded", "on one device"))
+        comparisons, problems = comparisons + found, problems + wrong
     rung = rung_of(f"{len(evidence.twins) - len(failed)} twins, {len(comparisons)} tensors", comparisons, problems)
     rung.notes += notes
     if failed and rung.verdict == "differ":
