@@ -295,15 +295,33 @@ def test_without_a_checkout_it_says_so(tmp_path):
 
 def test_ctrl_c_prints_what_was_done():
     command = [sys.executable, "-m", "twinformer.cli", "mutants", "--jobs", "1"]  # all: not done in a few seconds
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    time.sleep(6)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    ) as process:
+        try:
+            _wait_for_workers(process.pid)
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err
     assert "mutants killed" in out
     assert "interrupted" in err
+
+
+def _wait_for_workers(pid):
+    """Until it has started others: an interrupt in the middle of an import can be lost, whoever imports."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    if not children.exists():  # not everywhere
+        time.sleep(20)
+        return
+    for _ in range(1200):
+        if len(children.read_text().split()) >= 2:  # what Python starts beside them is one
+            time.sleep(1)
+            return
+        time.sleep(0.1)
+    raise AssertionError("no worker within two minutes")
 
 
 def test_margins_are_json():
