@@ -1,5 +1,6 @@
 """Rungs in a process of their own: the same verdicts, and nothing that happens there is lost."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ import torch
 
 from twinformer import ConfigError
 from twinformer.parity import judge, random_case
-from twinformer.parity.abreast import APART, beside, is_worth_it
+from twinformer.parity.abreast import APART, apart, beside, is_worth_it
 from twinformer.parity.rungs import LADDER
 from twinformer.parity.verdict import Rung
 from twinformer.presets import preset
@@ -101,11 +102,45 @@ def test_what_runs_apart():
     assert not set(APART) & {"parameters", "forward", "calls", "gradients", "rounding", "precision", "compilation"}
 
 
-def test_large_models_have_one_process(case, monkeypatch):
+def test_two_processes_need_two_cores_and_memory_for_both(case, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr("twinformer.parity.abreast._free_memory", lambda: 0)
     assert is_worth_it(case)
+    assert "precision" not in apart(case)
     monkeypatch.setattr("twinformer.parity.abreast._SMALL", 100)
     assert not is_worth_it(case)
-    monkeypatch.setattr("twinformer.parity.abreast._SMALL", 10**9)
+    weights = sum(tensor.size for tensor in case.tensors.values())
+    monkeypatch.setattr("twinformer.parity.abreast._free_memory", lambda: 1000 * weights)
+    assert is_worth_it(case)
+    assert set(apart(case)) == {*APART, "nonfinite", "rounding", "precision"}
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
     assert not is_worth_it(case)
+
+
+def test_free_memory_is_read_in_bytes():
+    from twinformer.parity.abreast import _free_memory
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the figure is that of Linux")
+    assert 10**8 < _free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def precise(case, names):
+    return {name: Rung("agree", "7 pairs") for name in names}
+
+
+def test_no_precision_where_float64_differs_whichever_process_ran_it(case, monkeypatch):
+    """The other process measured errors against a truth that turned out to be none."""
+    monkeypatch.setattr("twinformer.parity.abreast._SMALL", 100)
+    monkeypatch.setattr(sys.modules["twinformer.parity.judge"], "climb_apart", precise)
+    rungs = ["parameters", "forward", "precision"]
+    assert judge(case, rungs=rungs, abreast=True).rungs["precision"].checked == "7 pairs"
+
+    def differs(evidence):
+        return Rung("differ", "1 output", problems=["planted"])
+
+    ladder = [dataclasses.replace(step, check=differs) if step.name == "forward" else step for step in LADDER]
+    monkeypatch.setattr(sys.modules["twinformer.parity.judge"], "LADDER", ladder)
+    found = judge(case, rungs=rungs, abreast=True).rungs["precision"]
+    assert found.verdict == "cannot tell"
+    assert found.problems == ["the twins differ in float64 (forward): there is no truth to measure errors against"]

@@ -1,4 +1,7 @@
-"""Some rungs of the ladder in a process of their own: on a small model most of the time is compiling, on one core."""
+"""Some rungs of the ladder in a process of their own.
+
+On a small model most of the time is compiling, on a large one much of it copying: each on one core.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,16 +23,41 @@ from twinformer.parity.verdict import Rung
 
 #: rungs that use nothing of the others' runs, about half of the time
 APART = ("stochastic", "training", "accumulation", "decoding", "sampling", "beams", "persistence", "resumption")
-# weights of a model of which two copies, and two of every run, may be in memory
+#: of a large model they are the smaller part, and these the larger
+_IF_LARGE = ("nonfinite", "rounding", "precision")
+# weights of a model whose programs take longer to compile than to run
 _SMALL = 2_000_000
+# bytes for each weight that the two processes hold between them: runs in float64, and the gradients of every weight
+_BYTES_A_WEIGHT = 600
 
 Climb = Callable[[Case, Sequence[str]], dict[str, Rung]]
 
 
 def is_worth_it(case: Case) -> bool:
-    """Whether there are two cores, and the model is small."""
+    """Whether there are two cores, and memory for two of everything."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores > 1 and sum(tensor.size for tensor in case.tensors.values()) < _SMALL
+    return cores > 1 and (_is_small(case) or _weights(case) * _BYTES_A_WEIGHT < _free_memory())
+
+
+def apart(case: Case) -> tuple[str, ...]:
+    """The rungs to run in the other process, so that both are about equally busy."""
+    return APART if _is_small(case) else (*APART, *_IF_LARGE)
+
+
+def _is_small(case: Case) -> bool:
+    return _weights(case) < _SMALL
+
+
+def _weights(case: Case) -> int:
+    return sum(tensor.size for tensor in case.tensors.values())
+
+
+def _free_memory() -> int:
+    """In bytes; 0 where the system does not say."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    return 0
 
 
 @contextlib.contextmanager

@@ -212,27 +212,35 @@ def compare(
     if actual.size == 0:
         return found.problem("nothing to compare: the arrays are empty")
     a, b = widened(actual), widened(expected)
-    finite = np.isfinite(b)
-    is_plain = bool(finite.all() and np.isfinite(a).all())  # nearly always, and large arrays take their time
-    for kind, where in () if is_plain else (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
-        in_a, in_b = where(a), where(b)
-        if not np.array_equal(in_a, in_b):
-            place = [int(i) for i in np.argwhere(in_a != in_b)[0]]
-            return found.problem(
-                f"{kind} at different places: {int(in_a.sum())} against {int(in_b.sum())}, first difference at {place}"
-            )
-    if not finite.any():
-        return found.problem("nothing to compare: no finite value on either side")
-    with np.errstate(invalid="ignore"):
-        difference = np.asarray(np.abs(a - b))
+    magnitude = float(np.maximum(b.max(), -b.min()))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.asarray(a - b)
+    np.abs(difference, out=difference)
+    place = int(difference.argmax())  # the first NaN, where there is one
+    # nearly always, and large arrays take their time: a NaN or an infinity on either side would show in these two
+    is_plain = math.isfinite(magnitude) and math.isfinite(difference.flat[place])
     if not is_plain:
+        finite = np.isfinite(b)
+        for kind, where in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+            in_a, in_b = where(a), where(b)
+            if not np.array_equal(in_a, in_b):
+                first = [int(i) for i in np.argwhere(in_a != in_b)[0]]
+                return found.problem(
+                    f"{kind} at different places: {int(in_a.sum())} against {int(in_b.sum())}, "
+                    f"first difference at {first}"
+                )
+        if not finite.any():
+            return found.problem("nothing to compare: no finite value on either side")
         difference = np.where(finite, difference, 0.0)
-    worst = np.unravel_index(int(difference.argmax()), difference.shape)
+        place = int(difference.argmax())
+        magnitude = float(np.abs(b[finite]).max())
+    worst = np.unravel_index(place, difference.shape)
     largest = float(difference[worst])
     with np.errstate(over="ignore"):  # an infinite rms is what such a difference deserves
-        rms = float(np.sqrt(np.mean((difference if is_plain else difference[finite]) ** 2)))
+        counted = difference.reshape(-1) if is_plain else difference[finite]
+        rms = math.sqrt(float(counted @ counted) / counted.size)
     if scale is None:
-        scale = float(np.abs(b if is_plain else b[finite]).max())
+        scale = magnitude
     return Comparison(
         name=name,
         shape=tuple(actual.shape),
@@ -246,6 +254,23 @@ def compare(
         bound=bound,
         ulps=largest / unit_in_the_last_place(float(b[worst]), dtype),
     )
+
+
+def largest_difference(actual: FloatArray, expected: FloatArray) -> float:
+    """``compare``'s, without the rest; infinite where there is a problem."""
+    found = compare("", actual, expected, bound=0.0, scale=1.0)
+    return math.inf if found.problem else found.largest
+
+
+def relative_move(actual: FloatArray, expected: FloatArray, scale: float | None = None) -> float:
+    """``compare``'s relative difference without the rest; 0 where there is a problem."""
+    difference = np.subtract(actual, expected)
+    largest = float(np.maximum(difference.max(), -difference.min()))
+    magnitude = float(np.maximum(expected.max(), -expected.min())) if scale is None else scale
+    if not (math.isfinite(largest) and math.isfinite(magnitude)):
+        found = compare("", actual, expected, bound=0.0, scale=scale)
+        return 0.0 if found.problem else found.relative
+    return relative_to(largest, magnitude)
 
 
 def unit_in_the_last_place(value: float, dtype: str) -> float:

@@ -9,19 +9,18 @@ import numpy as np
 
 from twinformer.config import DType
 from twinformer.parity.case import Case
-from twinformer.parity.compare import FloatArray
+from twinformer.parity.compare import largest_difference
 from twinformer.parity.noise import neighbour, nudged, reordered
 from twinformer.parity.power import Power, measure, tensors_of
 from twinformer.parity.twins import Detail, FlaxTwin, Precision, Run, TorchTwin, Twin
 
 Progress = Callable[[str], None]
-Tensors = dict[str, FloatArray]
 # the case itself, the same in another order of summation, or the case with weights nearby
 Variant = Literal["plain", "reordered", "neighbour"]
 
 
 class Evidence:
-    """A case, the two twins, and their runs, kept so that no rung repeats another's work."""
+    """A case, the two twins, and their plain runs, kept so that no rung repeats another's work."""
 
     def __init__(
         self,
@@ -38,6 +37,7 @@ class Evidence:
         self.progress = progress
         self._runs: dict[tuple[Any, ...], Run] = {}
         self._power: Power | None = None
+        self._noise: dict[bool, list[dict[str, float]]] = {}
 
     def runs(
         self,
@@ -52,19 +52,21 @@ class Evidence:
         first, second = (self._run(twin, dtype, dtype, gradients, precision, variant, draw) for twin in self.twins)
         return first, second
 
-    def noise(self, *, gradients: bool = False) -> list[tuple[Tensors, Tensors]]:
-        """Each twin's tensors in float64 and once more in another order, by the names of ``tensors_of``.
+    def noise(self, *, gradients: bool = False) -> list[dict[str, float]]:
+        """How far each twin is, in float64, from itself in another order, by the names of ``tensors_of``.
 
         With dropout the order stays, for other positions would be dropped: then the weights alone are moved, by a
-        rounding.
+        rounding. Kept are the largest differences, infinite where non-finite values move; the tensors are large.
         """
-        return [
-            (
-                tensors_of(self._run(twin, "float64", "float64", gradients, "highest")),
-                tensors_of(self._run(twin, "float64", "float64", gradients, "highest", "reordered")),
-            )
-            for twin in self.twins
-        ]
+        gradients = gradients or self._with_gradients
+        if gradients not in self._noise:
+            self._noise[gradients] = [self._moved_by_order(twin, gradients) for twin in self.twins]
+        return self._noise[gradients]
+
+    def _moved_by_order(self, twin: Twin, gradients: bool) -> dict[str, float]:
+        before = tensors_of(self._run(twin, "float64", "float64", gradients, "highest"))
+        after = tensors_of(self._run(twin, "float64", "float64", gradients, "highest", "reordered"))
+        return {name: largest_difference(after[name], tensor) for name, tensor in before.items() if name in after}
 
     def truth(self, weights_in: DType, *, variant: Variant = "plain", draw: int = 0) -> Run:
         """The first twin's float64 run, with gradients, on weights rounded to ``weights_in``.
@@ -119,5 +121,6 @@ class Evidence:
             run = other.restore(twin.run(other.case, gradients=gradients, precision=precision, detail=detail))
         else:
             run = twin.run(case, gradients=gradients, precision=precision, detail=detail)
-        self._runs[(*key, gradients)] = run
+        if variant == "plain":  # the others are asked for once
+            self._runs[(*key, gradients)] = run
         return run

@@ -10,7 +10,7 @@ import numpy as np
 
 from twinformer.config import ModelConfig
 from twinformer.errors import Problems, TwinformerError
-from twinformer.parity.abreast import APART, beside
+from twinformer.parity.abreast import apart, beside
 from twinformer.parity.case import Case
 from twinformer.parity.evidence import Evidence, Progress
 from twinformer.parity.report import Report
@@ -45,7 +45,7 @@ def judge(
     needs_gradients = bool({"gradients", "precision", "compilation", "optimizer"} & set(rungs))
     evidence = Evidence(case, twins, with_gradients=needs_gradients, progress=progress)
     report = Report(subject=case.name, description=describe(case.config), rungs={}, config=case.config.to_dict())
-    elsewhere = [name for name in rungs if name in APART and abreast and twins is None]
+    elsewhere = [name for name in rungs if abreast and twins is None and name in apart(case)]
     with beside(climb_apart, case, elsewhere) as others:
         _climb(evidence, report, [name for name in rungs if name not in elsewhere])
         if "parameters" in report.rungs and _different_models(report.rungs["parameters"]):
@@ -54,6 +54,7 @@ def judge(
             progress(f"waiting for {', '.join(elsewhere)}")
             found = report.rungs | others()
             report.rungs = {step.name: found[step.name] for step in LADDER if step.name in found}
+            _without_truth(report, elsewhere)
             if "training" in report.rungs:
                 _where_else(report)
             for witness in witnesses:
@@ -68,7 +69,7 @@ def judge(
 def climb_apart(case: Case, names: Sequence[str]) -> dict[str, Rung]:
     """Rungs that need no other's verdict, on twins of their own."""
     report = Report(subject=case.name, description="", rungs={}, config={})
-    _climb(Evidence(case, with_gradients="optimizer" in names), report, names)
+    _climb(Evidence(case, with_gradients="precision" in names), report, names)
     return report.rungs
 
 
@@ -79,17 +80,28 @@ def _climb(evidence: Evidence, report: Report, names: Sequence[str]) -> None:
             continue
         evidence.progress(f"rung {step.number}: {step.name}")
         began = time.perf_counter()
-        wrong = [
-            name for name in ("forward", "calls", "gradients") if name in report.rungs and _differs(report.rungs[name])
-        ]
-        if step.name in ("precision", "rounding") and wrong:
-            reason = f"the twins differ in float64 ({', '.join(wrong)}): there is no truth to measure errors against"
-            report.rungs[step.name] = Rung("cannot tell", "", problems=[reason])
-        else:
-            report.rungs[step.name] = step.check(evidence)
+        report.rungs[step.name] = _no_truth(report, step.name) or step.check(evidence)
         report.rungs[step.name].seconds = time.perf_counter() - began
         if step.name == "parameters" and _different_models(report.rungs[step.name]):
             return
+
+
+def _no_truth(report: Report, name: str) -> Rung | None:
+    """What a rung that measures errors against float64 is where float64 already differs."""
+    if name not in ("precision", "rounding"):
+        return None
+    below = [rung for rung in ("forward", "calls", "gradients") if rung in report.rungs]
+    wrong = [rung for rung in below if _differs(report.rungs[rung])]
+    if not wrong:
+        return None
+    reason = f"the twins differ in float64 ({', '.join(wrong)}): there is no truth to measure errors against"
+    return Rung("cannot tell", "", problems=[reason])
+
+
+def _without_truth(report: Report, elsewhere: Sequence[str]) -> None:
+    """Those that were run in another process, before anything was known of float64."""
+    for name in elsewhere:
+        report.rungs[name] = _no_truth(report, name) or report.rungs[name]
 
 
 def check_rungs(rungs: Sequence[str]) -> None:

@@ -180,8 +180,10 @@ class Remembered:
         run: Run = self._once(("run", *_key(case), gradients, precision, detail), ask)
         return run
 
-    def record(self, case: Case) -> list[Call]:
-        calls: list[Call] = self._once(("record", *_key(case)), lambda: self._twin.record(case))
+    def record(self, case: Case, *, gradients: bool = True) -> list[Call]:
+        calls: list[Call] = self._once(
+            ("record", gradients, *_key(case)), lambda: self._twin.record(case, gradients=gradients)
+        )
         return calls
 
     def once(self, what: str, case: Case, ask: Callable[[], Any]) -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, FloatArray, compare, sibling_scales
+from twinformer.parity.compare import Comparison, FloatArray, relative_move, sibling_scales
 from twinformer.parity.twins import Call, Replay, Run, Twin
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 CHANGE = 1e-3
 # a tensor that moves by no more than this is not moved: it is a constant, or zero by mathematics (the bias of a key)
 STILL = 1e-11
-# runs with one weight changed; the first alone moves nearly everything that lies downstream of the embeddings
+# runs with one weight changed; the first alone moves nearly everything that lies downstream of the embeddings, and
+# with the second nearly every gradient. Of a large model's further runs the gradients are not asked for.
 _RUNS, _RUNS_IF_LARGE, _LARGE = 6, 3, 5_000_000
+_WITH_GRADIENTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,8 @@ def measure(evidence: Evidence, *, bound: float, gradients: bool) -> Power:
     moves = dict.fromkeys(still, 0.0)
     weights = {path: _a_weight(path, case, before) for path in case.tensors}
     runs = 0
-    limit = _RUNS if sum(tensor.size for tensor in case.tensors.values()) < _LARGE else _RUNS_IF_LARGE
+    is_large = sum(tensor.size for tensor in case.tensors.values()) >= _LARGE
+    limit = _RUNS_IF_LARGE if is_large else _RUNS
     paths = list(weights)
     # the first moves what lies downstream of it, the last the output; the others are for what these two leave
     for path in [paths[0], *paths[:0:-1][:1], *paths[1:-1]]:
@@ -73,10 +76,9 @@ def measure(evidence: Evidence, *, bound: float, gradients: bool) -> Power:
             continue
         runs += 1
         changed = with_change(case, {path: place})
-        after = tensors_of(twin.run(changed, gradients=gradients))
-        for name, tensor in still.items():
-            moved = compare(name, after[name], tensor, bound=0.0, scale=scales.get(name))
-            moves[name] = max(moves[name], 0.0 if moved.problem else moved.relative)
+        after = tensors_of(twin.run(changed, gradients=gradients and not (is_large and runs > _WITH_GRADIENTS)))
+        for name in after:
+            moves[name] = max(moves[name], relative_move(after[name], still[name], scales.get(name)))
     return Power(moves, _by_parameter(evidence, case, weights, bound))
 
 
@@ -139,7 +141,7 @@ def _by_parameter(
     """Replay each module on its recorded inputs with one weight of one of its parameters changed."""
     twin = evidence.twins[0]
     calls: dict[str, Call] = {}
-    for call in twin.record(case):
+    for call in twin.record(case, gradients=False):
         calls.setdefault(call.path, call)
     found = dict.fromkeys(case.tensors, math.inf)
     todo: dict[str, list[str]] = {}
@@ -154,9 +156,9 @@ def _by_parameter(
         now = {owner: paths.pop() for owner, paths in todo.items()}
         changed = with_change(case, {path: weights[path] or () for path in now.values()})
         for call, seen in _replayed(twin, changed, [calls[owner] for owner in now]):
-            moved = compare(call.path, seen.output, before[call.path], bound=0.0)
-            if not moved.problem and moved.relative > 0:
-                found[now[call.path]] = CHANGE * bound / moved.relative
+            moved = relative_move(seen.output, before[call.path])
+            if moved > 0:
+                found[now[call.path]] = CHANGE * bound / moved
         todo = {owner: paths for owner, paths in todo.items() if paths}
     return found
 

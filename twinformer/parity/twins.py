@@ -105,8 +105,11 @@ class Twin(Protocol):
     ) -> Run:
         """Run the model on the case's inputs."""
 
-    def record(self, case: Case) -> list[Call]:
-        """Every call of every module, the model itself (path ``""``) last, in the order in which they finished."""
+    def record(self, case: Case, *, gradients: bool = True) -> list[Call]:
+        """Every call of every module, the model itself (path ``""``) last, in the order in which they finished.
+
+        Without ``gradients`` the calls' cotangents are 0.
+        """
 
     def replay(
         self, case: Case, calls: Sequence[Call], *, gradients: bool = True, compiled: bool = True
@@ -202,7 +205,7 @@ class TorchTwin:
             }
         return run
 
-    def record(self, case: Case) -> list[Call]:
+    def record(self, case: Case, *, gradients: bool = True) -> list[Call]:
         model = self._model(case)
         inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
         kept: dict[str, tuple[str, str, tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
@@ -210,7 +213,8 @@ class TorchTwin:
         def hook(path: str) -> Any:
             def keep(module: Any, arguments: Any, options: Any, output: torch.Tensor) -> torch.Tensor:
                 seen = output.clone()
-                seen.retain_grad()
+                if gradients:
+                    seen.retain_grad()
                 kept[_nth(kept, path)] = (path, type(module).__name__, _numpied(arguments), _numpied(options), seen)
                 return seen
 
@@ -222,7 +226,10 @@ class TorchTwin:
             if _runs(module)
         ]
         try:
-            (model(**inputs).to(torch.float64) * torch.from_numpy(case.cotangent)).sum().backward()
+            with torch.set_grad_enabled(gradients):
+                output = model(**inputs)
+            if gradients:
+                (output.to(torch.float64) * torch.from_numpy(case.cotangent)).sum().backward()
         finally:
             for handle in handles:
                 handle.remove()
@@ -396,7 +403,7 @@ class FlaxTwin:
             )
         return self._programs[graphdef, detail]
 
-    def record(self, case: Case) -> list[Call]:
+    def record(self, case: Case, *, gradients: bool = True) -> list[Call]:
         raise NotImplementedError("calls are recorded in PyTorch, where they are made one by one")
 
     def replay(

@@ -91,7 +91,7 @@ _PROPOSED: dict[str, dict[str, Any]] = {
         "steps": 2400,
         "batch_size": 64,
         "dropout": 0.1,
-        "variety": 0.6,
+        "variety": 0.8,
         "best_by": "accuracy",
         "schedule": {"peak": 2e-3, "final_fraction": 0.02},
         "optimizer": {"weight_decay": 0.05, "beta2": 0.98},

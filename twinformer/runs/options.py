@@ -96,7 +96,8 @@ class RunOptions:
     dropout: Annotated[float | None, Told("Dropout rate of the residual branches and embeddings.", least=0)] = None
 
     variety: Annotated[
-        float | None, Told("Tablature: share of the training chords that are variations of the known shapes.", least=0)
+        float | None,
+        Told("Tablature: share of the training chords that are not the table's but varied or invented.", least=0),
     ] = None
 
     valid_every: Annotated[int, Told("Validate after so many steps.", least=1)] = 100

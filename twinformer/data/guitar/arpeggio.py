@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from twinformer.data.guitar.chords import PartName, load_chords, part_of, shape_of
 from twinformer.data.guitar.dice import Dice
 from twinformer.data.guitar.fretboard import STANDARD, hand_position, span, strings_for
+from twinformer.data.guitar.inventions import inventions
 from twinformer.data.guitar.notes import QUARTER, Note, Piece
 from twinformer.errors import InputError
 
@@ -27,6 +28,8 @@ REACH = 3
 PATTERNS = ("up", "down", "up and down", "alternating bass", "random after the bass")
 # of a variation: strings that are left at least, frets that fingers are apart at most, the highest fret
 _FEWEST, _SPAN, _TOP = 3, 3, 15
+# of the chords that are not the table's, one in so many is a variation
+_ONE_IN = 4
 #: notes of the two patterns that do not end by themselves
 _PICKS = 6
 #: the longest sequence: six strings, up and down, four times
@@ -163,23 +166,29 @@ def _names(part: PartName | None) -> tuple[Frets, ...]:
     return tuple(_variations() if part is None else _shapes(part))
 
 
+def _chord(part: PartName, dice: Dice, variety: float, hand: int | None) -> Frets:
+    """The next fingering, within reach of the hand where there is one already."""
+    pool: PartName | None = part
+    if variety and dice.below(2**32) < variety * 2**32:
+        if dice.below(_ONE_IN):
+            return inventions().draw(dice, hand, REACH)
+        pool = None
+    if hand is not None:
+        return dice.choice(dice.choice(_near(pool, hand)))
+    return dice.choice((_variations() if pool is None else _shapes(pool))[dice.choice(_names(pool))])
+
+
 def _sequence(part: PartName, dice: Dice, variety: float = 0.0) -> Arpeggio:
-    """``variety``: the share of the chords that are variations."""
-
-    def pool() -> PartName | None:
-        return None if variety and dice.below(2**32) < variety * 2**32 else part
-
-    chosen = pool()
-    frets = dice.choice((_variations() if chosen is None else _shapes(chosen))[dice.choice(_names(chosen))])
+    """``variety``: the share of the chords that are not the table's, one in four a variation, the others inventions."""
+    frets = _chord(part, dice, variety, None)
     pitches: list[int] = []
     strings: list[int] = []
     chords = []
     for turn in range(CHORDS):
         if turn:
-            options = _near(pool(), hand_position(frets))
             before = frets
             while frets == before:
-                frets = dice.choice(dice.choice(options))
+                frets = _chord(part, dice, variety, hand_position(before))
         picked = pick(frets, dice.choice(PATTERNS), dice)
         strings += picked
         pitches += [STANDARD[string] + frets[string] for string in picked]
@@ -200,7 +209,9 @@ def sequences(part: PartName, size: int | None = None, seed: int = 0) -> tuple[A
 
 
 def varied_sequences(epoch: int, variety: float, size: int | None = None, seed: int = 0) -> tuple[Arpeggio, ...]:
-    """Training sequences that are others in every epoch, in which ``variety`` of the chords are variations.
+    """Training sequences that are others in every epoch, in which ``variety`` of the chords are not the table's.
+
+    They are variations of the table's shapes, and inventions (``twinformer.data.guitar.inventions``).
 
     Each depends on (seed, epoch, its number, variety) only. Raises InputError for a share that is none.
     """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from twinformer.parity.compare import Comparison, compare, set_problems
+from twinformer.parity.compare import Comparison, compare, relative_to, set_problems
 from twinformer.parity.culprit import culprits
-from twinformer.parity.evidence import Evidence, Tensors
+from twinformer.parity.evidence import Evidence
 from twinformer.parity.power import CHANGE, is_still, is_vacuous, vacuous
 from twinformer.parity.verdict import Rung, rung_of
 
@@ -42,21 +42,17 @@ def check(evidence: Evidence) -> Rung:
 
 
 def with_noise(
-    comparison: Comparison, noise: Sequence[tuple[Tensors, Tensors]], tensor: str, *, least: float = 0.0
+    comparison: Comparison, noise: Sequence[Mapping[str, float]], tensor: str, *, least: float = 0.0
 ) -> Comparison:
     """The comparison with its noise floor, where the computations in another order have that tensor.
 
     The smaller of the twins' two: a fault can depend on the order itself, and must not excuse itself by that.
     ``least`` is an absolute difference that rounding can always make.
     """
-    floors = [
-        compare(tensor, after[tensor], before[tensor], bound=1.0, scale=comparison.scale)
-        for before, after in noise
-        if tensor in before and tensor in after
-    ]
+    floors = [floor[tensor] for floor in noise if tensor in floor]
     if comparison.problem or len(floors) < len(noise) or not floors:
         return comparison
-    floor = min(floor.relative for floor in floors)
+    floor = relative_to(min(floors), comparison.scale)
     return dataclasses.replace(comparison, noise=max(floor, least / comparison.scale if comparison.scale else 0.0))
 
 

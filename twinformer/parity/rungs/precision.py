@@ -7,8 +7,10 @@ small multiple of the other, down to the level where both are as good as roundin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from twinformer.config import DType
-from twinformer.parity.compare import ErrorPair, FloatArray, compare, set_problems, sibling_scales
+from twinformer.parity.compare import Comparison, ErrorPair, FloatArray, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence, Variant
 from twinformer.parity.twins import Precision, Run, is_block_level
 from twinformer.parity.verdict import Rung, rung_of
@@ -35,61 +37,82 @@ def check(evidence: Evidence) -> Rung:
     """
     pairs: list[ErrorPair] = []
     problems: list[str] = []
-    in_doubt = False
+    most = 0
     for dtype in DTYPES:
         for precision in evidence.precisions():
-            found, wrong = _pairs(evidence, dtype, precision, neighbours=0)
-            if not wrong and not all(pair.agrees for pair in found):
-                in_doubt = True
-                found, wrong = _pairs(evidence, dtype, precision, neighbours=NEIGHBOURS)
+            found, wrong, neighbours = _pairs(evidence, dtype, precision)
+            most = max(most, neighbours)
             pairs += found
             problems += wrong
     rung = rung_of(f"{len(pairs)} pairs of errors", pairs, problems)
-    if in_doubt:
-        rung.notes.append(f"beyond a bound at first: {NEIGHBOURS} neighbouring sets of weights were run as well")
+    if most:
+        rung.notes.append(f"beyond a bound at first: up to {most} neighbouring sets of weights were run as well")
     if evidence.precisions() == ("default",):
         rung.notes.append("on the CPU the default precision of matrix products is the highest: run once")
     return rung
 
 
-def _pairs(
-    evidence: Evidence, dtype: DType, precision: Precision, *, neighbours: int
-) -> tuple[list[ErrorPair], list[str]]:
+def _pairs(evidence: Evidence, dtype: DType, precision: Precision) -> tuple[list[ErrorPair], list[str], int]:
+    """The pairs, what makes them impossible, and how many neighbours were asked.
+
+    A ratio only falls with each further neighbour, so that one asks no more once all ratios are within their bounds.
+    """
     names = tuple(twin.name for twin in evidence.twins)
     label = f"{dtype}, {precision}"
-    draws = [_draw(evidence, dtype, precision, draw) for draw in range(1 + neighbours)]
-    once = draws[0][1]
+    truth, once, scales = _draw(evidence, dtype, precision, 0)
     again = [_tensors(run) for run in evidence.runs(dtype, gradients=True, precision=precision, variant="reordered")]
-    problems = [
-        f"{label}: {problem}"
-        for truth, found, _ in (*draws, (draws[0][0], again, {}))
-        for one, twin in zip(found, names, strict=True)
-        for problem in set_problems("tensor", one, truth, (twin, "the truth"))
-    ]
-    if problems:
-        return [], sorted(set(problems))
-    pairs = []
-    for name in draws[0][0]:
-        errors = [
-            [compare(name, one[name], truth[name], bound=1.0, scale=scales.get(name), dtype=dtype) for one in found]
-            for truth, found, scales in draws
+    draws = [(truth, once, scales)]
+    problems = _set_problems(label, names, truth, [once, again])
+    errors: list[dict[str, list[Comparison]]] = []
+    pairs: list[ErrorPair] = []
+    floors: dict[str, list[float]] = {}
+    while not problems:
+        errors.append(_errors(draws[-1], dtype))
+        if not floors:
+            floors = {
+                name: [
+                    compare(name, there[name], here[name], bound=1.0, scale=scales.get(name)).relative
+                    for here, there in zip(once, again, strict=True)
+                ]
+                for name in truth
+            }
+        pairs = [
+            ErrorPair.of(
+                f"{name} ({label})",
+                names,
+                errors[0][name],
+                rounding=ROUNDING[dtype],
+                bound=LARGEST_RATIO,
+                rms_bound=RMS_RATIO,
+                again=[further[name] for further in errors[1:]],
+                noise=floors[name],
+            )
+            for name in truth
         ]
-        floors = [
-            compare(name, there[name], here[name], bound=1.0, scale=draws[0][2].get(name)).relative
-            for here, there in zip(once, again, strict=True)
-        ]
-        pair = ErrorPair.of(
-            f"{name} ({label})",
-            names,
-            errors[0],
-            rounding=ROUNDING[dtype],
-            bound=LARGEST_RATIO,
-            rms_bound=RMS_RATIO,
-            again=errors[1:],
-            noise=floors,
-        )
-        pairs.append(pair)
-    return pairs, []
+        if len(errors) > NEIGHBOURS or all(pair.agrees for pair in pairs):
+            return pairs, [], len(errors) - 1
+        draws.append(_draw(evidence, dtype, precision, len(errors)))
+        problems = _set_problems(label, names, draws[-1][0], [draws[-1][1]])
+    return [], problems, 0
+
+
+def _set_problems(label: str, names: tuple[str, ...], truth: Tensors, found: Sequence[Sequence[Tensors]]) -> list[str]:
+    return sorted(
+        {
+            f"{label}: {problem}"
+            for ones in found
+            for one, twin in zip(ones, names, strict=True)
+            for problem in set_problems("tensor", one, truth, (twin, "the truth"))
+        }
+    )
+
+
+def _errors(draw: tuple[Tensors, list[Tensors], dict[str, float]], dtype: DType) -> dict[str, list[Comparison]]:
+    truth, found, scales = draw
+    return {
+        name: [compare(name, one[name], truth[name], bound=1.0, scale=scales.get(name), dtype=dtype) for one in found]
+        for name in truth
+    }
 
 
 def _draw(
