@@ -29,7 +29,7 @@ fuzz: $(READY)
 # Lint, types, and the tests: once as they are, then those of Flax under its announced new defaults.
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
-	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(BIN)/pytest -n 2 --dist worksteal -q parity_tests/test_models.py parity_tests/test_weights.py
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(BIN)/pytest -n 2 --dist worksteal -q -k flax parity_tests/test_models.py parity_tests/test_weights.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

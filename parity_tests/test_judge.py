@@ -23,13 +23,14 @@ def small(name: str, length: int = 12):
     return random_case(name, preset(name), seed=3, batch=4, length=length)
 
 
-#: judged on every rung; the others without those that build programs of their own, which take longest
+#: judged on every rung; the others on those that look at what is their own
 WHOLE = ("bert", "llama")
+EVERYWHERE = ("parameters", "forward", "calls", "nonfinite", "gradients", "precision")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_agree_at_full_length(name):
-    rungs = [rung for rung in BY_DEFAULT if name in WHOLE or rung not in ("training", "decoding", "sampling")]
+    rungs = [rung for rung in BY_DEFAULT if name in WHOLE or rung in EVERYWHERE]
     report = judge(random_case(name, preset(name)), rungs=rungs)
     report.assert_agrees()
     assert report.exit_code == 0

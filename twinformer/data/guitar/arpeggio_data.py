@@ -86,8 +86,8 @@ class ArpeggioTabs:
     Training batches come shuffled anew in each epoch, of sequences of like length; with ``shuffle=False``, the
     default of the other parts, they come in order. The last batch is filled with rows that do not count. ``size``
     takes the first sequences of the part only. With ``variety`` (training only) every epoch has other sequences, in
-    which so large a share of the chords are variations of the table's shapes, or inventions like them. Raises InputError naming every argument that is
-    wrong.
+    which so large a share of the chords are variations of the table's shapes, or inventions like them.
+    Raises InputError naming every argument that is wrong.
     """
 
     def __init__(

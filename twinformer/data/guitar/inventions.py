@@ -62,7 +62,8 @@ class Inventions:
         hands = np.where(steps == 0, np.where(stopped > FRETS, 0, stopped), steps)
         return np.where(fits, hands, -1)
 
-    @functools.cache  # noqa: B019: a handful of hands, for as long as the shapes are there
+    # a handful of hands, for as long as the shapes are there
+    @functools.cache  # noqa: B019
     def _steps(self, hand: int | None, reach: int) -> npt.NDArray[np.bool_]:
         there = self._hands >= 0
         return there if hand is None else there & (abs(self._hands - hand) <= reach)
