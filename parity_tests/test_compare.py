@@ -6,7 +6,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from twinformer.parity.compare import ErrorPair, compare, set_problems, sibling_scales, widened, worst_of
+from twinformer.parity.compare import (
+    ErrorPair,
+    compare,
+    largest_difference,
+    relative_move,
+    set_problems,
+    sibling_scales,
+    widened,
+    worst_of,
+)
 
 BOUND = 1e-12
 
@@ -166,3 +175,31 @@ def test_the_worst_is_the_one_nearest_to_its_own_bound():
 def test_a_module_without_gradient_is_measured_against_the_model():
     scales = sibling_scales({"a.weight": np.array([2.0]), "b.weight": np.array([1e-16]), "c.weight": np.array([1e-12])})
     assert scales == {"a.weight": 2.0, "b.weight": 2.0, "c.weight": 1e-12}
+
+
+# ---- the shorter ways to a figure
+
+
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf])
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_move_is_what_compare_says(bad, scale):
+    rng = np.random.default_rng(5)
+    expected = rng.normal(size=(4, 7))
+    actual = expected + 1e-9 * rng.normal(size=(4, 7))
+    actual[2, 3] -= 1e-6  # the largest difference is a negative one
+    if bad is not None:
+        expected[0, 1] = actual[0, 1] = bad
+    found = compare("x", actual, expected, bound=0.0, scale=scale)
+    assert found.worst == (2, 3)
+    assert relative_move(actual, expected, scale) == found.relative
+    assert largest_difference(actual, expected) == found.largest
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_in_one_only_is_no_move_and_no_floor(bad):
+    expected = np.ones((3, 2))
+    actual = expected.copy()
+    actual[1, 1] = bad
+    for one, other in ((actual, expected), (expected, actual)):
+        assert relative_move(one, other) == 0.0
+        assert largest_difference(one, other) == np.inf

@@ -264,7 +264,8 @@ def largest_difference(actual: FloatArray, expected: FloatArray) -> float:
 
 def relative_move(actual: FloatArray, expected: FloatArray, scale: float | None = None) -> float:
     """``compare``'s relative difference without the rest; 0 where there is a problem."""
-    difference = np.subtract(actual, expected)
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.subtract(actual, expected)
     largest = float(np.maximum(difference.max(), -difference.min()))
     magnitude = float(np.maximum(expected.max(), -expected.min())) if scale is None else scale
     if not (math.isfinite(largest) and math.isfinite(magnitude)):
