@@ -31,7 +31,7 @@ _UNSEEN = 0.5
 _DRAWS = 2**53
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inventions:
     """``shapes [N, strings]``: the frets less the lowest one, −1 not played; a weight each.
 
@@ -72,8 +72,6 @@ class Inventions:
     def _near(self, hand: int | None, reach: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         live = np.flatnonzero(self._steps(hand, reach).any(axis=0))
         return live, np.cumsum(self.weights[live])
-
-    __hash__ = object.__hash__
 
 
 @functools.cache
