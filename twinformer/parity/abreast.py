@@ -28,7 +28,7 @@ _IF_LARGE = ("nonfinite", "rounding", "precision")
 # weights of a model whose programs take longer to compile than to run
 _SMALL = 2_000_000
 # bytes for each weight that the two processes hold between them: runs in float64, and the gradients of every weight
-_BYTES_A_WEIGHT = 600
+_BYTES_A_WEIGHT = 800
 
 Climb = Callable[[Case, Sequence[str]], dict[str, Rung]]
 

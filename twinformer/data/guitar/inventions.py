@@ -23,7 +23,8 @@ from twinformer.data.guitar.fretboard import FRETS, STANDARD, STRINGS
 
 Frets = tuple[int, ...]
 
-# strings at least, strings left out between others at most, fingers (a barre is one), frets that they are apart
+# strings at least, strings left out between others at most, fingers besides a barre in the nut's place, and the frets
+# that these are apart
 _FEWEST, _LEFT_OUT, _FINGERS, _SPAN = 3, 2, 4, 3
 _ROUNDS = 6
 # so many shapes of the table are thought to be spread evenly over all values of a feature: none is impossible
@@ -36,14 +37,17 @@ class Inventions:
     """``shapes [N, strings]``: the frets less the lowest one, −1 not played; a weight each.
 
     A shape is had with its zeros as open strings, at one place; and, if its frets are at most three apart, without open
-    strings wherever it fits on the neck.
+    strings wherever it fits on the neck: a barre then lies where the nut was.
     """
 
     shapes: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float64]
 
     def draw(self, dice: Dice, hand: int | None = None, reach: int = 0) -> Frets:
-        """A shape by its weight, then one of its places evenly; with a hand, of those within reach of it."""
+        """The six frets of a shape by its weight, then of one of its places evenly.
+
+        With ``hand``, the position of the hand, only of places at most ``reach`` frets from it: some have to be there.
+        """
         number = dice.below(_DRAWS) / _DRAWS
         live, total = self._near(hand, reach)
         chosen = int(live[np.searchsorted(total, number * total[-1], side="right")])
