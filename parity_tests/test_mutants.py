@@ -293,20 +293,24 @@ def test_without_a_checkout_it_says_so(tmp_path):
     assert "checkout" in done.stderr
 
 
-def _listens():
-    """Whoever is started in the background of a shell ignores Ctrl-C, and so would all that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Whoever is started in the background of a shell ignores Ctrl-C, and so would all that it starts.
+_LISTENING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from twinformer.cli import main
+sys.argv = ["twinformer", *sys.argv[1:]]
+main()
+"""
 
 
 def test_ctrl_c_prints_what_was_done():
-    command = [sys.executable, "-m", "twinformer.cli", "mutants", "--jobs", "1"]  # all: not done in a few seconds
+    command = [sys.executable, "-c", _LISTENING, "mutants", "--jobs", "1"]  # all: not done in a few seconds
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_listens,
     ) as process:
         try:
             _wait_for_workers(process.pid)
