@@ -1,4 +1,4 @@
-"""Random published models of one family against ``transformers``, in float64, with every gradient.
+"""Random published models of one family against ``transformers``, in float64: every gradient, every token written.
 
     python -m parity_tests.sweep_pretrained --family llama --cases 50
 
@@ -15,11 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from parity_tests import published_seq2seq as seq2seq
+from parity_tests import published_writing as writing
 from parity_tests import test_pretrained_encoders as encoders
 from parity_tests.helpers import FLAX, TORCH, Twin
 from parity_tests.published_decoders import KINDS, publish
@@ -37,7 +39,8 @@ Examiner = Callable[[np.random.Generator, Sequence[Twin]], Finding]
 
 
 def decoder(family: str) -> Examiner:
-    """Random settings, class, length and padding of a decoder-only family; also there and back, bit for bit."""
+    """Random settings, class, length and padding of a decoder-only family; also what it writes, and there and back,
+    bit for bit."""
     kind = KINDS[family]
 
     def one(rng: np.random.Generator, twins: Sequence[Twin]) -> Finding:
@@ -53,6 +56,8 @@ def decoder(family: str) -> Examiner:
             for twin in twins:
                 errors = examine(twin, directory, model, tokens, real, expected)
                 found |= {f"{twin.name}: {name}": error for name, error in errors.items()}
+            if class_name == kind.classes[0]:
+                found |= _written(twins, Path(place) / "theirs", model, writing.prompted(model, length))
             read = pretrained.read(directory)
             pretrained.write(Path(place) / "back", read.config, read.tensors, family=read.family)
             again = pretrained.read(Path(place) / "back")
@@ -64,7 +69,7 @@ def decoder(family: str) -> Examiner:
 
 
 def two_stacks(family: str) -> Examiner:
-    """Random settings of an encoder with a decoder."""
+    """Random settings of an encoder with a decoder; also what it writes."""
 
     def one(rng: np.random.Generator, twins: Sequence[Twin]) -> Finding:
         seed = int(rng.integers(2**31))
@@ -72,8 +77,10 @@ def two_stacks(family: str) -> Examiner:
         model = seq2seq.KINDS[family].make(settings, seed % 1000)
         with tempfile.TemporaryDirectory() as place:
             model.save_pretrained(place)
-            found = {twin.name: seq2seq.examine(twin, Path(place), model) for twin in twins}
-        return _flat(found), json.dumps(settings)
+            found = _flat({twin.name: seq2seq.examine(twin, Path(place), model) for twin in twins})
+            writing.lively(model).save_pretrained(place)
+            found |= _written(twins, Path(place), model, writing.sourced(family, model, seed % 1000))
+        return found, json.dumps(settings)
 
     return one
 
@@ -89,6 +96,12 @@ def encoder(family: str) -> Examiner:
         return _flat(found), f"{head} {json.dumps(settings)}"
 
     return one
+
+
+def _written(twins: Sequence[Twin], directory: Path, model: Any, task: writing.Task) -> dict[str, float]:
+    """Tokens that differ, and the error of the logits of every step."""
+    wanted = writing.theirs(model, task, use_cache=writing.has_right_cache(model.config))
+    return _flat({twin.name: writing.examine(twin, directory, task, wanted) for twin in twins})
 
 
 def _flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -3,15 +3,13 @@
 import dataclasses
 import functools
 
-import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
-from parity_tests.helpers import FLAX, TORCH, assert_close, to_numpy
+from parity_tests.helpers import FLAX, TORCH, assert_close
 from parity_tests.published_decoders import KINDS, publish
 from parity_tests.published_witness import errors, examine, in_our_terms, ours, padded, theirs, wide
-from parity_tests.readers import build
 from twinformer import pretrained
 
 #: relative to the largest magnitude of each tensor: rounding stays at 1e-14, a mistake is far above
@@ -22,7 +20,6 @@ CASES = [
     for case in kind.cases
     if case not in ("linear, new", "llama3, new")  # test_pretrained_decoder_fields.py: the same as in old spelling
 ]
-GENERATED = [(family, name) for family, kind in KINDS.items() for name in list(kind.cases)[:2]]
 #: compiled once for each family, so that each has one rich case in Flax
 RICH = {
     "gpt2": "untied",
@@ -192,41 +189,3 @@ def test_a_planted_fault_is_seen(family, name, fault, case):
     config, tensors = FAULTS[family, name][fault](read.config, read.tensors)
     found = errors(ours(TORCH, config, tensors, tokens, real), in_our_terms(read, expected), real)
     assert max(found.values()) > 10 * BOUND
-
-
-# ---- greedy decoding with a cache
-
-
-def generate_both(twin, model, directory, tokens, real):
-    prompts = torch.from_numpy(tokens), torch.from_numpy(real.astype(np.int64))
-    with wide(), torch.no_grad():
-        wanted = model.generate(
-            input_ids=prompts[0], attention_mask=prompts[1], do_sample=False, max_new_tokens=12, eos_token_id=None
-        )
-    read = pretrained.read(directory)
-    generator = twin.file("generation").Generator(build(twin, read.config, read.tensors))
-    found = generator(tokens, padding_mask=real, max_new_tokens=12)
-    return to_numpy(found.tokens), to_numpy(wanted)[:, tokens.shape[1] :]
-
-
-def left_padded(vocabulary):
-    tokens, real = np.random.default_rng(5).integers(0, vocabulary - 1, (3, 11)), np.ones((3, 11), bool)
-    real[1, :4], real[2, :7] = False, False
-    tokens[~real] = vocabulary - 1
-    return tokens, real
-
-
-@pytest.mark.parametrize(("family", "name"), GENERATED)
-def test_greedy_tokens_are_those_of_transformers(family, name, case):
-    """Past the window, from prompts with and without padding on the left."""
-    model, directory, *_ = case(family, name)
-    found, wanted = generate_both(TORCH, model, directory, *left_padded(model.config.vocab_size))
-    assert found.tolist() == wanted.tolist()
-    assert len({tuple(row) for row in wanted.tolist()}) == 3, "prompts that matter"
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
-def test_greedy_tokens_are_those_of_transformers_in_flax(family, case):
-    model, directory, *_ = case(family, next(iter(KINDS[family].cases)))
-    found, wanted = generate_both(FLAX, model, directory, *left_padded(model.config.vocab_size))
-    assert found.tolist() == wanted.tolist()

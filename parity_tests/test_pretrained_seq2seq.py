@@ -12,7 +12,6 @@ from parity_tests.published_seq2seq import KINDS, drawn, examine, inputs_of, our
 from parity_tests.published_witness import in_our_terms, wide
 from parity_tests.readers import build
 from twinformer import ConfigError, WeightsError, pretrained
-from twinformer.decoding import StopConfig
 
 BOUND = 1e-11
 CASES = [(family, case) for family, kind in KINDS.items() for case in kind.cases]
@@ -98,37 +97,6 @@ def test_there_and_back(family, case, tmp_path):
         # (Marian's sinusoids are made anew, in float32)
         rounding = 1e-5 if family == "marian" else 1e-13
         assert_close(loaded.eval()(**arguments).logits, model(**arguments).logits, rounding)
-
-
-@pytest.mark.parametrize(
-    ("twin", "family", "case"),
-    # (the library cannot generate with a T5 whose decoder has more blocks than its encoder)
-    [(TORCH, *one) for one in CASES if one != ("t5", "more blocks in the decoder")] + [(FLAX, "t5", "1.0")],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_greedy_decoding(twin, family, case, tmp_path):
-    """Token for token, from the cache."""
-    model, place = published(family, case, tmp_path / "model")
-    read = pretrained.read(place)
-    given = inputs_of(model)
-    begin = np.full((len(given["source"]), 1), 3)
-    with wide(), torch.no_grad():
-        expected = model.generate(
-            torch.from_numpy(given["source"]),
-            attention_mask=torch.from_numpy(given["source_padding_mask"].astype(np.int64)),
-            decoder_start_token_id=3,
-            max_new_tokens=6,
-            min_new_tokens=6,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=None,
-            forced_eos_token_id=None,
-            bad_words_ids=None,
-        )
-    generator = twin.file("generation").Generator(build(twin, read.config, read.tensors), slots=8, bucket=1)
-    options = {"source": given["source"], "source_padding_mask": given["source_padding_mask"]}
-    written = generator(begin, max_new_tokens=6, stop=StopConfig(), **options)
-    assert written.tokens.tolist() == to_numpy(expected)[:, 1:].tolist()
 
 
 def test_version_1_1_of_t5_has_a_head_of_its_own(tmp_path):
