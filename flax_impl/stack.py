@@ -1,6 +1,6 @@
 """A stack of blocks over one residual stream."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -41,7 +41,9 @@ class TransformerStack(nnx.Module):
     ``choices`` are further fields of ``StackConfig``. ``X [B, T, D] -> [B, T, D]`` in ``compute_dtype``, ``T <= N``.
     The arguments are those of a block, ``positions`` are ``0 … T-1`` when None. A relative or ALiBi bias is computed
     once, for every block's self-attention, and ``bias`` is added to it; sinusoidal and learned positions belong to
-    the embeddings. With ``remat`` each block is computed again in the backward pass. Raises ConfigError, InputError.
+    the embeddings. With ``remat`` each block is computed again in the backward pass. With ``scan_layers`` blocks that
+    are built alike (or every second one, or every third, …) run as one ``jax.lax.scan``. Raises ConfigError,
+    InputError.
 
     Source: book, "Transformer blocks".
     """
@@ -138,7 +140,11 @@ class TransformerStack(nnx.Module):
         positions = jnp.arange(X.shape[1])[None] if positions is None else jnp.asarray(positions)
         bias = self._bias(positions, positions, bias)
         run = _rematerialised if self.config.remat else _plain
-        for block, key in zip(self.blocks, fold_all(rng, len(self.blocks)), strict=True):
+        blocks, keys = list(self.blocks), fold_all(rng, len(self.blocks))
+        if self.config.scan_layers:
+            X, done = _scanned(run, blocks, keys, X, H_enc, mask, memory_mask, positions, bias)
+            blocks, keys = blocks[done:], keys[done:]
+        for block, key in zip(blocks, keys, strict=True):
             X = run(block, X, H_enc, mask, memory_mask, positions, bias, key)
         return X if self.final_norm is None else self.final_norm(X)
 
@@ -202,6 +208,44 @@ def _rematerialised(block: Block, *inputs: Any) -> Array:
 
     X: Array = jax.checkpoint(run)(state, *inputs)
     return X
+
+
+def _scanned(
+    run: Callable[..., Array], blocks: Sequence[Block], keys: Sequence[Any], X: Array, *inputs: Any
+) -> tuple[Array, int]:
+    """The first blocks in one compiled loop, and how many these were: whole turns of the shortest pattern, if any.
+
+    A turn is one block, or where some blocks have a window, a few: ``wide, local, wide, local`` are two turns of two.
+    """
+    split = [nnx.split(block) for block in blocks]
+    graphs = [graph for graph, _ in split]
+    turn = _turn(graphs)
+    turns = len(blocks) // turn
+    if turns < 2:
+        return X, 0
+    states = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in split[place : turns * turn : turn]))
+        for place in range(turn)
+    ]
+    drawn = None if keys[0] is None else jnp.stack(keys[: turns * turn]).reshape(turns, turn, 2)
+
+    def one_turn(X: Array, now: Any) -> tuple[Array, None]:
+        states, keys = now
+        for place, (graph, state) in enumerate(zip(graphs, states, strict=False)):
+            X = run(nnx.merge(graph, state), X, *inputs, None if keys is None else keys[place])
+        return X, None
+
+    X, _ = jax.lax.scan(one_turn, X, (states, drawn))
+    return X, turns * turn
+
+
+def _turn(graphs: Sequence[Any]) -> int:
+    """After how many blocks the same structures come again; all of them where they never do."""
+    for turn in range(1, len(graphs)):
+        turns = len(graphs) // turn * turn
+        if all(graph == graphs[place % turn] for place, graph in enumerate(graphs[:turns])):
+            return turn
+    return len(graphs)
 
 
 def _checked_config(choices: dict[str, Any], **sizes: Any) -> StackConfig:

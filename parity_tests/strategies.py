@@ -149,6 +149,7 @@ def _config(pick: Pick, sizes: Sizes) -> ModelConfig:
         window=window,
         positions=positions,
         remat=pick(*[False] * 7, True),
+        scan_layers=pick(*[False] * 3, True),
         embedding_scale=pick(None, 2.5),
         embedding_norm=pick(False, True),
         num_token_types=pick(0, 3) if architecture == "encoder" else 0,

@@ -1,6 +1,7 @@
 """Rungs in a process of their own: the same verdicts, and nothing that happens there is lost."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -56,6 +57,7 @@ def test_one_process_or_two_find_the_same(case):
 
 def test_what_is_found_elsewhere_counts(case, monkeypatch):
     monkeypatch.setattr(sys.modules["twinformer.parity.judge"], "climb_apart", threads)
+    monkeypatch.setattr("twinformer.parity.abreast._SMALL", 100)  # of a small model, this process would take it itself
     before = torch.get_num_threads()
     report = judge(case, rungs=["parameters", "sampling"], abreast=True)
     assert report.verdict == "differ"
@@ -68,9 +70,9 @@ def test_what_is_found_elsewhere_counts(case, monkeypatch):
 def test_errors_arrive_as_they_are(case):
     with (
         pytest.raises(ConfigError, match="heads: expected 1, got 2") as caught,
-        beside(contradiction, case, ["sampling"]) as found,
+        beside(contradiction, case, ["sampling"]) as others,
     ):
-        found()
+        others.wait()
     assert caught.value.subject == "gpt2"
     assert caught.value.problems == ("width: expected 3, got 4", "heads: expected 1, got 2")
 
@@ -79,8 +81,8 @@ def test_errors_arrive_as_they_are(case):
     ("climb", "says"), [(defect, "ZeroDivisionError"), (killed, "sampling ended with exit code -9")]
 )
 def test_defects_are_no_verdict(case, climb, says):
-    with pytest.raises(RuntimeError, match=says), beside(climb, case, ["sampling"]) as found:
-        found()
+    with pytest.raises(RuntimeError, match=says), beside(climb, case, ["sampling"]) as others:
+        others.wait()
 
 
 def test_nobody_is_left_behind(case):
@@ -96,23 +98,48 @@ def test_nobody_is_left_behind(case):
     assert [child.is_alive() for child in children] == [False]
 
 
-def test_what_runs_apart():
-    """Rungs of the ladder, none of which looks at another's verdict."""
-    assert set(APART) < {step.name for step in LADDER}
-    assert not set(APART) & {"parameters", "forward", "calls", "gradients", "rounding", "precision", "compilation"}
+def both(case, names):
+    return {name: Rung("agree", str(os.getpid())) for name in names}
+
+
+def test_each_process_takes_what_the_other_has_not_begun(case):
+    names = [f"rung {number}" for number in range(20_000)]
+    with beside(both, case, names) as others:
+        mine = list(itertools.islice(others.take(), len(names) // 2))  # half of them at most, and the rest there
+        found = others.wait()
+    assert sorted([*mine, *found], key=names.index) == names
+    assert len(mine) > 0
+    assert len(found) >= len(names) // 2
+    assert {rung.checked for rung in found.values()} != {str(os.getpid())}
+
+
+def test_nothing_to_take_where_nothing_is_apart(case):
+    with beside(both, case, []) as others:
+        assert list(others.take()) == []
+        assert others.wait() == {}
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_what_runs_apart(case, small, monkeypatch):
+    """Rungs of the ladder, none of which looks at another's verdict or shares its programs."""
+    monkeypatch.setattr("twinformer.parity.abreast._SMALL", 10**9 if small else 100)
+    names = apart(case)
+    assert len(set(names)) == len(names)
+    assert set(names) < {step.name for step in LADDER}
+    assert set(names) >= set(APART)
+    assert not set(names) & {"parameters", "forward", "gradients", "compilation", "sharding"}
+    assert ("calls" in names, "optimizer" in names) == (small, small)
 
 
 def test_two_processes_need_two_cores_and_memory_for_both(case, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr("twinformer.parity.abreast._free_memory", lambda: 0)
     assert is_worth_it(case)
-    assert "precision" not in apart(case)
     monkeypatch.setattr("twinformer.parity.abreast._SMALL", 100)
     assert not is_worth_it(case)
     weights = sum(tensor.size for tensor in case.tensors.values())
     monkeypatch.setattr("twinformer.parity.abreast._free_memory", lambda: 1000 * weights)
     assert is_worth_it(case)
-    assert set(apart(case)) == {*APART, "nonfinite", "rounding", "precision"}
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
     assert not is_worth_it(case)
 

@@ -80,6 +80,7 @@ FAR_FROM_DEFAULT = ModelConfig(
     param_dtype="bfloat16",
     compute_dtype="float16",
     remat=True,
+    scan_layers=True,
     architecture="encoder-decoder",
     vocab_size=101,
     source_vocab_size=101,

@@ -1,5 +1,7 @@
 """TransformerStack of both twins: against torch.nn's stacks, the notebook's cells, position bias, remat and dropout."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -306,6 +308,46 @@ def test_remat_changes_nothing(twin, dropout):
     (out, grads), (remat_out, remat_grads) = results
     assert_close(remat_out, out, 1e-15)
     assert_gradients_close(remat_grads, grads, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("window", "remat", "dropout", "turns"),
+    [(None, False, False, [5]), ((1, 3), True, True, [2]), ((0, 1), False, False, [])],
+    ids=["alike", "turns of two, remat, dropout", "never again"],
+)
+def test_a_loop_over_blocks_changes_nothing(window, remat, dropout, turns):
+    """Output and every gradient, of five blocks: two turns of two leave one, and what never comes again is no loop."""
+    results, loops = [], []
+    for scan in (False, True):
+        local = {} if window is None else {"window": 2, "window_layers": window}
+        config = config_of(scan_layers=scan, remat=remat, num_layers=5, **RICH, **local)
+        stack = stack_of(FLAX, config, causal=True, cross_attention=True)
+        scatter_parameters(stack, 26)
+        inputs = {"X": random_array(13, B, T, 12), "H_enc": random_array(14, B, S, 12)}
+        key = FLAX.key(77) if dropout else None
+        results.append(gradients(FLAX, lambda m, k=key, **kw: m(**kw, rng=k), inputs, stack))
+        graph, state = nnx.split(stack)
+        with shape_hook_off():
+            program = jax.make_jaxpr(lambda s, g=graph, k=key, i=inputs: nnx.merge(g, s)(**i, rng=k))(state)
+        loops.append([equation.params["length"] for equation in program.eqns if equation.primitive.name == "scan"])
+    (out, grads), (scan_out, scan_grads) = results
+    assert_close(scan_out, out, 1e-15)
+    assert_gradients_close(scan_grads, grads, 1e-13)
+    assert loops == [[], turns]
+
+
+@pytest.mark.parametrize("wrong", [lambda keys: keys[::-1], lambda keys: keys[:1] * len(keys)], ids=["order", "one"])
+def test_a_loop_with_other_keys_is_noticed(wrong, monkeypatch):
+    """What the test above would see if a block drew with another's key."""
+    stack = sys.modules["flax_impl.stack"]
+    config = config_of(scan_layers=True, num_layers=3, dropout=0.4)
+    made = stack_of(FLAX, config)
+    scatter_parameters(made, 26)
+    X, key = random_array(13, B, T, 12), FLAX.key(77)
+    right = made(X, rng=key)
+    monkeypatch.setattr(stack, "fold_all", lambda rng, count, whole=stack.fold_all: wrong(whole(rng, count)))
+    with pytest.raises(AssertionError):
+        assert_close(made(X, rng=key), right, 1e-15)
 
 
 def test_remat_does_recompute():

@@ -29,7 +29,8 @@ class TransformerStack(nn.Module):
 
     The stack makes the position bias (relative or ALiBi) once, from ``positions`` (``0 … T-1`` when None), for the
     self-attention of every block; a ``bias`` of the caller is added to it. Sinusoidal and learned positions belong to
-    the embeddings. With ``remat`` each block is computed anew in the backward pass instead of being remembered.
+    the embeddings. With ``remat`` each block is computed anew in the backward pass instead of being remembered;
+    ``scan_layers`` is for Flax, and has no effect here.
     """
 
     def __init__(

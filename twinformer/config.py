@@ -124,6 +124,7 @@ class StackConfig:
     param_dtype: DType = "float32"
     compute_dtype: DType = "float32"
     remat: bool = False
+    scan_layers: bool = False  # Flax: blocks that are built alike run as one compiled loop; PyTorch: no effect
 
     def __post_init__(self) -> None:
         self._resolve()

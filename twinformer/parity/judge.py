@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from twinformer.config import ModelConfig
 from twinformer.errors import Problems, TwinformerError
-from twinformer.parity.abreast import apart, beside
+from twinformer.parity.abreast import apart, beside, is_small
 from twinformer.parity.case import Case
 from twinformer.parity.evidence import Evidence, Progress
 from twinformer.parity.report import Report
@@ -36,7 +36,7 @@ def judge(
 
     Where rung 0 finds other parameter sets, the rungs above would compare different models: they are left
     out, and the report says so. ``witnesses`` are called with the evidence and the report, to add to it. ``twins``
-    stand in for the two implementations as they are. ``abreast``: about half of the rungs run in another process
+    stand in for the two implementations as they are. ``abreast``: some of the rungs run in another process
     (``abreast.beside`` says what that asks of the caller); never with ``twins``.
     Raises CannotJudgeError for rungs that there are not.
     """
@@ -45,14 +45,17 @@ def judge(
     needs_gradients = bool({"gradients", "precision", "compilation", "optimizer"} & set(rungs))
     evidence = Evidence(case, twins, with_gradients=needs_gradients, progress=progress)
     report = Report(subject=case.name, description=describe(case.config), rungs={}, config=case.config.to_dict())
-    elsewhere = [name for name in rungs if abreast and twins is None and name in apart(case)]
+    elsewhere = [name for name in apart(case) if name in rungs and abreast and twins is None]
     with beside(climb_apart, case, elsewhere) as others:
         _climb(evidence, report, [name for name in rungs if name not in elsewhere])
         if "parameters" in report.rungs and _different_models(report.rungs["parameters"]):
             report.notes.append("the twins hold different parameters: the rungs above were not run")
         else:
-            progress(f"waiting for {', '.join(elsewhere)}")
-            found = report.rungs | others()
+            if is_small(case):
+                for name in others.take():
+                    _climb(evidence, report, [name])
+            progress(f"waiting for {', '.join(name for name in elsewhere if name not in report.rungs)}")
+            found = report.rungs | others.wait()
             report.rungs = {step.name: found[step.name] for step in LADDER if step.name in found}
             _without_truth(report, elsewhere)
             if "training" in report.rungs:
@@ -66,10 +69,12 @@ def judge(
     return report
 
 
-def climb_apart(case: Case, names: Sequence[str]) -> dict[str, Rung]:
+def climb_apart(case: Case, names: Iterable[str]) -> dict[str, Rung]:
     """Rungs that need no other's verdict, on twins of their own."""
     report = Report(subject=case.name, description="", rungs={}, config={})
-    _climb(Evidence(case, with_gradients="precision" in names), report, names)
+    evidence = Evidence(case)
+    for name in names:
+        _climb(evidence, report, [name])
     return report.rungs
 
 

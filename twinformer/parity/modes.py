@@ -1,4 +1,5 @@
-"""Other ways to run the same model: compiled where the judge is eager, eager where it compiles, unwatched, remat."""
+"""Other ways to run the same model: compiled where the judge is eager, eager where it compiles, unwatched, remat,
+and blocks in a loop."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from twinformer.parity.case import Case
 from twinformer.parity.compare import widened
 from twinformer.parity.twins import Run, TorchTwin, Twin, in_pytorch_layout
 
-Mode = Literal["torch.compile", "remat", "eager", "unwatched"]
+Mode = Literal["torch.compile", "remat", "scan", "eager", "unwatched"]
 MODES: dict[str, tuple[Mode, ...]] = {
     "torch_impl": ("torch.compile", "remat"),
     # to watch a module pins what it returns, which XLA may otherwise compute twice, rounded differently
-    "flax_impl": ("unwatched", "eager", "remat"),
+    "flax_impl": ("unwatched", "eager", "remat", "scan"),
 }
 
 
@@ -62,8 +63,9 @@ def _run_flax(twin: Any, case: Case, mode: Mode) -> Run:
     model = twin._model(case)
     graphdef: Any
     graphdef, state = nnx.split(model)
-    if mode == "remat":
-        graphdef = nnx.split(flax_impl.build(case.config.replace(remat=True), seed=None))[0]
+    if mode in ("remat", "scan"):
+        config = case.config.replace(remat=mode == "remat", scan_layers=mode == "scan")
+        graphdef = nnx.split(flax_impl.build(config, seed=None))[0]
     inputs = {name: jnp.asarray(value) for name, value in case.inputs.items()}
     cotangent = jnp.asarray(case.cotangent)
 

@@ -339,7 +339,7 @@ class FlaxTwin:
         return jax.default_backend() == "cpu"
 
     def _model(self, case: Case, *, as_configured: bool = False) -> nnx.Module:
-        """Without remat, under which nobody can watch; ``as_configured``: with what the case says."""
+        """Without remat and loops, under which nobody can watch; ``as_configured``: with what the case says."""
         model = flax_impl.build(_config(case, as_configured), seed=None)
         flax_impl.load_weights(model, case.tensors, finite=case.finite)
         return model
@@ -497,7 +497,7 @@ class FlaxTwin:
 
 
 def _config(case: Case, as_configured: bool) -> ModelConfig:
-    return case.config.replace(remat=False) if case.config.remat and not as_configured else case.config
+    return case.config if as_configured else case.config.replace(remat=False, scan_layers=False)
 
 
 def in_pytorch_layout(leaves: Arrays) -> Arrays:

@@ -392,7 +392,10 @@ def write_directory(directory: Path, published: Published) -> None:
 
 #: choices of ours that a published configuration need not carry: how numbers are held, and how weights began
 _NOT_PUBLISHED = frozenset(
-    ["param_dtype", "compute_dtype", "remat", "initializer", "initializer_std", "initializer_scale_residual"]
+    [
+        *("param_dtype", "compute_dtype", "remat", "scan_layers"),
+        *("initializer", "initializer_std", "initializer_scale_residual"),
+    ]
 )
 
 

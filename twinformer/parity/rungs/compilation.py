@@ -1,8 +1,8 @@
-"""Rung 4: compiled or not, with or without remat, a model computes the same.
+"""Rung 4: compiled or not, with or without remat or a loop over blocks, a model computes the same.
 
 The judge runs PyTorch eagerly and Flax under ``jax.jit``, and watches their modules. Here each twin is held against
-itself: PyTorch under ``torch.compile``, Flax under jit with nobody watching and without any jit, and both with every
-block computed again in the backward pass.
+itself: PyTorch under ``torch.compile``; Flax under jit with nobody watching, without any jit, and with its blocks in
+one compiled loop; and both with every block computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check(evidence: Evidence) -> Rung:
             modes += 1
             evidence.progress(f"{twin.name}: {mode}")
             label = f"{twin.name}, {mode}"
-            if mode == "remat":  # with dropout: a block that is computed again has to drop the same elements
+            if mode in ("remat", "scan"):  # with dropout: a block has to drop what it drops otherwise
                 noisy = with_dropout(case)
                 usual, run = twin.run(noisy, gradients=True, detail="blocks"), run_in_mode(twin, noisy, mode)
             else:
