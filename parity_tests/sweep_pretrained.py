@@ -1,4 +1,5 @@
-"""Random published models of one family against ``transformers``, in float64: every gradient, every token written.
+"""Random published models of one family against ``transformers``, in float64: every gradient, every token written, and
+the judge's own comparison.
 
     python -m parity_tests.sweep_pretrained --family llama --cases 50
 
@@ -22,12 +23,14 @@ import numpy as np
 
 from parity_tests import published_seq2seq as seq2seq
 from parity_tests import published_writing as writing
+from parity_tests import test_original as original
 from parity_tests import test_pretrained_encoders as encoders
 from parity_tests.helpers import FLAX, TORCH, Twin
 from parity_tests.published_decoders import KINDS, publish
 from parity_tests.published_draws import DRAWS
 from parity_tests.published_witness import examine, padded, theirs
 from twinformer import pretrained
+from twinformer.parity.twins import FlaxTwin, TorchTwin
 
 #: relative to the largest magnitude of a tensor; rounding in float64 stays some orders below, mistakes far above
 BOUND = 1e-11
@@ -56,6 +59,7 @@ def decoder(family: str) -> Examiner:
             for twin in twins:
                 errors = examine(twin, directory, model, tokens, real, expected)
                 found |= {f"{twin.name}: {name}": error for name, error in errors.items()}
+            found |= _asked(twins, directory, length)
             if class_name == kind.classes[0]:
                 found |= _written(twins, Path(place) / "theirs", model, writing.prompted(model, length))
             read = pretrained.read(directory)
@@ -78,6 +82,7 @@ def two_stacks(family: str) -> Examiner:
         with tempfile.TemporaryDirectory() as place:
             model.save_pretrained(place)
             found = _flat({twin.name: seq2seq.examine(twin, Path(place), model) for twin in twins})
+            found |= _asked(twins, Path(place), int(rng.integers(4, 40)))
             writing.lively(model).save_pretrained(place)
             found |= _written(twins, Path(place), model, writing.sourced(family, model, seed % 1000))
         return found, json.dumps(settings)
@@ -92,10 +97,21 @@ def encoder(family: str) -> Examiner:
         head, settings = encoders.drawn(family, int(rng.integers(2**31)))
         with tempfile.TemporaryDirectory() as place:
             model = encoders.published(family, head, Path(place), **settings)
-            found = {twin.name: encoders.examine(twin, model, Path(place)) for twin in twins}
-        return _flat(found), f"{head} {json.dumps(settings)}"
+            found = _flat({twin.name: encoders.examine(twin, model, Path(place)) for twin in twins})
+            found |= _asked(twins, Path(place), int(rng.integers(4, 30)))
+        return found, f"{head} {json.dumps(settings)}"
 
     return one
+
+
+def _asked(twins: Sequence[Twin], directory: Path, length: int) -> dict[str, float]:
+    """What ``twinformer parity DIR --witness transformers`` compares."""
+    judged = {"torch": TorchTwin, "flax": FlaxTwin}
+    first, last = judged[twins[0].name], judged[twins[-1].name]
+    rung = original.asked(directory, length=length, twins=(first, last))
+    assert rung.verdict in ("agree", "differ"), rung.verdict
+    wrong = {problem: np.inf for problem in rung.problems}
+    return wrong | {f"judge: {one.name}": one.relative for one in rung.comparisons}
 
 
 def _written(twins: Sequence[Twin], directory: Path, model: Any, task: writing.Task) -> dict[str, float]:

@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch_impl.pickled import open_pickled
 from twinformer import pretrained, shipped
 from twinformer.checkpoint import read_model
 from twinformer.parity.case import Case, make_case, random_case, telling_inputs
@@ -67,8 +68,9 @@ def sentence_encoder() -> Path:
 
 
 def _published(name: str, directory: Path, seed: int) -> Subject:
-    model = pretrained.read(directory)
-    if model.tokenizer is None:
+    model = pretrained.read(directory, open_pickled=open_pickled)
+    # (the sentences are for one stack: nobody translated them)
+    if model.tokenizer is None or model.config.architecture == "encoder-decoder":
         case = make_case(name, model.config, model.tensors, telling_inputs(model.config, seed), seed)
         return Subject(case, directory, model)
     encoded = Tokenizer.load(model.tokenizer).encode(SENTENCES, max_length=model.config.context_length)

@@ -5,16 +5,21 @@ They speak to what the twins cannot prove alone: that they are not wrong togethe
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import time
 from collections.abc import Callable
-from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 
+import flax_impl.losses
+import torch_impl.losses
 from twinformer.parity.compare import Comparison, FloatArray, compare
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.judge import CannotJudgeError
+from twinformer.parity.original import Answer, Flags, Ids, Original, in_rows
 from twinformer.parity.report import Report
 from twinformer.parity.sentences import PUBLISHED_SIMILARITIES
 from twinformer.parity.subjects import SENTENCE_ENCODER, Subject
@@ -36,8 +41,7 @@ def witnesses_for(subject: Subject, name: str | None) -> list[Witness]:
     if name is not None:
         if name not in WITNESSES:
             raise CannotJudgeError("witness", [f"expected one of {', '.join(WITNESSES)}, got {name!r}"])
-        directory = subject.directory
-        if directory is None or subject.published is None:
+        if subject.directory is None or subject.published is None:
             raise CannotJudgeError(
                 "witness", [f"{name}: expected a published model directory to load, got a model of ours"]
             )
@@ -45,50 +49,106 @@ def witnesses_for(subject: Subject, name: str | None) -> list[Witness]:
             raise CannotJudgeError(
                 "witness", ["transformers: expected it installed (pip install 'transformers>=5,<6')"]
             )
-        found.append(lambda evidence, report: _ask_transformers(directory, evidence, report, states))
+        original = Original(subject.directory, subject.published)
+        found.append(lambda evidence, report: ask_transformers(original, evidence, report, states))
     if subject.case.name == SENTENCE_ENCODER:
         found.append(lambda evidence, report: _published_similarities(subject, evidence, report, states))
     return found
 
 
-def _ask_transformers(directory: Path, evidence: Evidence, report: Report, states: dict[str, FloatArray]) -> None:
-    """Every layer's hidden states against the original's, in float64, at real positions.
+def ask_transformers(
+    original: Original, evidence: Evidence, report: Report, states: dict[str, FloatArray] | None = None
+) -> None:
+    """Every state, the output and the loss of both twins against the original's, in float64, at real positions.
 
-    At padded positions the original has values of its own kind, which nothing reads.
+    At padded positions the original has values of its own kind, which nothing reads. ``states`` is given the
+    original's.
     """
-    states |= transformers_states(directory, evidence.case.inputs)
-    real = evidence.case.inputs["padding_mask"]
+    began = time.perf_counter()
+    evidence.progress(original.name)
+    answer = original.answer(evidence.case.inputs)
+    if states is not None:
+        states |= answer.states
+    case, runs = evidence.case, evidence.runs("float64")
+    if any(not np.array_equal(answer.inputs[name], given) for name, given in case.inputs.items()):
+        case = dataclasses.replace(case, inputs=answer.inputs).in_dtype("float64")
+        first, second = (twin.run(case) for twin in evidence.twins)
+        runs = (first, second)
+    seen = _seen(original, answer)
     comparisons: list[Comparison] = []
-    for twin, run in zip(evidence.twins, evidence.runs("float64"), strict=True):
-        ours = {"embedding": run.modules["embedding"]}
-        ours |= {path: seen for path, seen in run.modules.items() if path.split(".")[-2:-1] == ["blocks"]}
+    problems: list[str] = []
+    for twin, run in zip(evidence.twins, runs, strict=True):
+        problems += [f"{path}: expected in {twin.name}, got none" for path in answer.states if path not in run.modules]
+        pairs = {path: (run.modules[path], state) for path, state in answer.states.items() if path in run.modules}
+        pairs["output"] = (run.output, answer.output)
         comparisons += [
-            compare(f"{path} of {twin.name}", seen[real], states[path][real], bound=_BOUND)
-            for path, seen in ours.items()
+            compare(f"{path} of {twin.name}", _at(ours, seen[path]), _at(theirs, seen[path]), bound=_BOUND)
+            for path, (ours, theirs) in pairs.items()
         ]
-    checked = f"{len(states)} layers in float64, {int(real.sum())} real positions"
-    report.witnesses["transformers"] = rung_of(checked, comparisons)
+        if answer.labels is not None and answer.loss is not None:
+            loss = np.array(_loss(twin.name, original, run.output, answer.labels))
+            comparisons.append(compare(f"loss of {twin.name}", loss, np.array(answer.loss), bound=_BOUND))
+    places = sum(int(answer.inputs[name].sum()) for name in ("padding_mask", *_SIDES) if name in answer.inputs)
+    told = "output and loss" if answer.loss is not None else "output"
+    checked = f"{len(answer.states)} states, {told} in float64, {places} real positions"
+    rung = rung_of(checked, comparisons, problems)
+    rung.notes = [original.name, *_not_compared(original, answer)]
+    rung.seconds = time.perf_counter() - began
+    report.witnesses["transformers"] = rung
 
 
-def transformers_states(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, FloatArray]:
-    """The original implementation's hidden states in float64, by our paths: embeddings, then each block."""
-    import transformers
+_SIDES = ("source_padding_mask", "target_padding_mask")
 
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = transformers.AutoModel.from_pretrained(
-        directory, local_files_only=True, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    options = {"token_type_ids": torch.from_numpy(inputs["token_types"])} if "token_types" in inputs else {}
-    with torch.no_grad():
-        output = model(
-            input_ids=torch.from_numpy(inputs["tokens"]),
-            attention_mask=torch.from_numpy(inputs["padding_mask"].astype(np.int64)),
-            output_hidden_states=True,
-            **options,
-        )
-    hidden = [state.numpy() for state in output.hidden_states]
-    return {"embedding": hidden[0], **{f"stack.blocks.{i}": state for i, state in enumerate(hidden[1:])}}
+
+def _seen(original: Original, answer: Answer) -> dict[str, Flags]:
+    """Which places, or rows, of each state and of the output are compared."""
+    inputs, config = answer.inputs, original.config
+    if config.architecture == "encoder-decoder":
+        source = inputs["source_padding_mask"]
+        # a target whose source has nothing to see gets 0 here, and the mean of what is hidden there
+        target = inputs["target_padding_mask"] & in_rows(source)[:, None]
+        return {path: source if path.startswith(("source", "encoder")) else target for path in answer.states} | {
+            "output": target
+        }
+    real = inputs["padding_mask"]
+    output = original.rows(inputs) if answer.output.ndim == 2 else real
+    return dict.fromkeys(answer.states, real) | {"output": output}
+
+
+def _at(array: FloatArray, seen: Flags) -> FloatArray:
+    """What is compared; all of it, where the shapes do not fit each other: the comparison says so."""
+    return array[seen] if array.shape[: seen.ndim] == seen.shape else array
+
+
+def _not_compared(original: Original, answer: Answer) -> list[str]:
+    """What is left out, and why."""
+    inputs, notes = answer.inputs, []
+    if original.config.architecture == "encoder-decoder":
+        empty = int((~in_rows(inputs["source_padding_mask"])).sum())
+        if empty:
+            notes.append(f"not compared: {empty} rows whose source is padding only")
+    elif answer.output.ndim == 2 and not original.rows(inputs).all():
+        empty = int((~original.rows(inputs)).sum())
+        kind = "begin with padding" if original.config.architecture == "encoder" else "are padding only"
+        notes.append(f"output not compared: {empty} rows that {kind}")
+    if answer.loss is None and original.task != "none":
+        notes.append("loss not compared: the original has none of ours on these inputs")
+    return notes
+
+
+def _loss(twin: str, original: Original, output: FloatArray, labels: Ids) -> float:
+    """The twin's mean loss of its own output, for labels as the original takes them."""
+    if output.ndim == 2:
+        output, labels = output[:, None], labels[:, None]
+    if original.task == "causal":
+        output, labels = output[:, :-1], labels[:, 1:]
+    real, targets = labels >= 0, np.maximum(labels, 0)
+    if twin == "torch_impl":
+        given = torch.from_numpy(output.copy()), torch.from_numpy(targets.copy())
+        total, count = torch_impl.losses.cross_entropy(*given, real=torch.from_numpy(real))
+        return float(torch_impl.losses.mean_loss(total, count))
+    summed, places = flax_impl.losses.cross_entropy(jnp.asarray(output), jnp.asarray(targets), real=jnp.asarray(real))
+    return float(flax_impl.losses.mean_loss(summed, places))
 
 
 def _published_similarities(
