@@ -190,7 +190,14 @@ def test_none_is_resolved_at_once():
     assert (config(value_dim=5).value_dim, config(num_kv_heads=2).num_kv_heads) == (5, 2)
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])
+def test_files_of_before_a_field_was_there():
+    """What a field was added for was not done then."""
+    values = FAR_FROM_DEFAULT.to_dict()
+    del values["scan_layers"]
+    assert ModelConfig.from_dict(values) == FAR_FROM_DEFAULT.replace(scan_layers=False)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig) if f.name != "scan_layers"])
 def test_missing_field(name):
     values = FAR_FROM_DEFAULT.to_dict()
     del values[name]

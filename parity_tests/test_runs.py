@@ -13,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from parity_tests.numpy_trainer import NumpyTrainer, Tokens, in_memory, tiny_config
+from twinformer.checkpoint import write_model
 from twinformer.config import ModelConfig
 from twinformer.errors import CheckpointError, ConfigError
+from twinformer.initializers import initial_weights
 from twinformer.learning import Metrics
 from twinformer.presets import preset
 from twinformer.runs import backends, session
@@ -550,6 +552,23 @@ def test_the_model_of_a_run(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"a model directory, a config\.json or a preset"):
         model_config(RunOptions(start_from="nothing"), asked, {})
+
+
+@pytest.mark.parametrize(("name", "grows"), [("llama", True), ("gpt2", False)])
+def test_a_longer_context_where_positions_are_a_formula(name, grows, tmp_path):
+    """A model that was trained on short rows goes on with longer ones, unless its positions are a table."""
+    config = preset(name)
+    write_model(tmp_path / "model", config, initial_weights(config, 3))
+    options = RunOptions(start_from=str(tmp_path / "model"))
+    asked = {"architecture": "decoder", "vocab_size": config.vocab_size}
+    for length, grown in ((config.context_length // 2, 0), (config.context_length * 2, config.context_length)):
+        if grown and not grows:
+            with pytest.raises(ConfigError, match=rf"context_length: expected {length} or more .* got {grown}"):
+                model_config(options, asked | {"context_length": length}, {})
+            continue
+        found, weights = model_config(options, asked | {"context_length": length}, {})
+        assert found == config.replace(context_length=config.context_length + grown)
+        assert weights is not None
 
 
 # ---- arithmetic

@@ -64,6 +64,10 @@ class RotaryScaling:
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions, as published
 
 
+#: fields that earlier versions did not write, with what those did
+_ADDED: dict[str, Any] = {"scan_layers": False}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
     """The choices of a stack of blocks. ``None`` for value_dim or num_kv_heads is resolved at once."""
@@ -296,11 +300,12 @@ class StackConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From a mapping that names every field.
+        """From a mapping that names every field, but for those that files written before they were there lack.
 
         Raises ConfigError naming every missing and unknown field and every bad value at once.
         """
         problems = Problems(cls.__name__, ConfigError)
+        values = {**_ADDED, **values}
         names = [f.name for f in fields(cls)]
         wrong = {name for name in names if name not in values}
         for name in names:

@@ -44,7 +44,7 @@ def model_config(
             values = {**base.to_dict(), **_with_dependent(base, asked, options.model)}
         else:
             _check_fits(base, asked, options)
-            values = {**base.to_dict(), **options.model}
+            values = {**base.to_dict(), **_longer(base, asked), **options.model}
     if options.dropout is not None:
         values |= {"dropout": options.dropout, **{k: v for k, v in options.model.items() if k == "dropout"}}
     values |= {"param_dtype": options.dtype, "compute_dtype": options.dtype}
@@ -105,11 +105,22 @@ def _check_fits(base: ModelConfig, asked: Mapping[str, Any], options: RunOptions
         if name not in asked:
             continue
         have, want = getattr(base, name), asked[name]
-        good = have >= want if name == "context_length" else have == want
+        good = have == want or (name == "context_length" and (have >= want or _has_no_table(base)))
         more = " or more" if name == "context_length" else ""
         problems.expect(good, f"{name}: expected {want!r}{more} for data {options.data!r}, got {have!r}")
     problems.expect(base.predicts_tokens, f"head: expected a model that predicts tokens, got head {base.head!r}")
     problems.raise_if_any()
+
+
+def _longer(base: ModelConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The context that the data ask for, of a model that can have a longer one than it had."""
+    want = asked.get("context_length", 0)
+    return {"context_length": want} if want > base.context_length and _has_no_table(base) else {}
+
+
+def _has_no_table(base: ModelConfig) -> bool:
+    """Whether positions are a formula, which has no end; a learned table has."""
+    return base.positions != "learned"
 
 
 def _scaling(value: Any) -> Any:
