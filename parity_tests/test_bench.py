@@ -6,7 +6,11 @@ No test here looks at a clock: samples are drawn with known effects.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -139,6 +143,52 @@ def test_every_peer_starts_from_the_same_weights():
     }
     errors = errors_of(by_name("torch.nn").make(_TINY, swapped).outputs(), truth)
     assert errors["logits"] > _TINY.bound
+
+
+# in a process of its own: Keras has one backend a process, and a library's warnings are not ours
+_ERRORS = """
+import json, sys
+from benchmarks import cases, protocol
+from benchmarks.systems import by_name
+system, found = by_name(sys.argv[1]), {}
+for case in cases.QUICK:
+    if case.name in system.cases:
+        weights = protocol.weights_of(case)
+        truth = protocol.truth_of(case, weights)
+        found[case.name] = protocol.errors_of(system.make(case, weights).outputs(), truth)
+        path = next(path for path in weights if path.endswith("blocks.0.attention.query.weight"))
+        swapped = weights | {path: weights[path.replace("query", "key")]}
+        found[case.name]["swapped"] = max(protocol.errors_of(system.make(case, swapped).outputs(), truth).values())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("name", ["x-transformers", "x-transformers tuned", "keras-hub torch", "keras-hub jax"])
+def test_peers_that_make_bench_installs(name):
+    """In every case of theirs: the truth with our weights, something else with a weight in a wrong place."""
+    system = by_name(name)
+    if system.absent():
+        pytest.skip(f"absent: {', '.join(system.absent())}; `make bench` installs what is missing")
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", _ERRORS, name],
+        cwd=protocol.ROOT,
+        env=environment | dict(system.settings),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == set(system.cases) & {case.name for case in cases.QUICK}
+    for case, errors in found.items():
+        assert errors.pop("swapped") > 1e-2, case
+        assert max(errors.values()) < 1e-5, (case, errors)
+
+
+def test_every_system_has_its_adapter():
+    """None is listed as absent for want of our own code."""
+    for system in SYSTEMS:
+        assert importlib.util.find_spec(f"benchmarks.systems.{system.module}") is not None, system.name
 
 
 def test_a_system_that_computes_something_else_is_not_timed(tmp_path, monkeypatch):

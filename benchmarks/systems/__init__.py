@@ -50,6 +50,7 @@ class System:
 
 _TRAIN = ("encoder-train", "decoder-train", "seq2seq-train")
 _MODEL = ("encoder-forward", *_TRAIN, "prefill", "decode-1", "decode-8", "beam")
+_NO_BEAM = tuple(name for name in _MODEL if name != "beam")  # x_transformers_peer says why
 _DISPATCH = ("dispatch-train", "dispatch-forward")
 _MICRO = tuple(
     f"micro-{op}"
@@ -74,6 +75,12 @@ ALLOCATOR = (
         "glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1",
     ),
 )
+_X, _KERAS = ("torch", "x_transformers"), ("keras", "keras_hub")
+
+
+def _backend(name: str) -> tuple[tuple[str, str], ...]:
+    return (("KERAS_BACKEND", name),)
+
 
 SYSTEMS = (
     System("torch_impl", "torch", "torch_twin", "eager", (*_MODEL, *_DISPATCH, *_MICRO), ("torch",)),
@@ -86,7 +93,12 @@ SYSTEMS = (
     System("transformers eager", "torch", "hugging_face", "eager", _MODEL, ("torch", "transformers")),
     System("transformers sdpa", "torch", "hugging_face", "sdpa", _MODEL, ("torch", "transformers")),
     System("transformers tuned", "torch", "hugging_face", "tuned", _MODEL, ("torch", "transformers"), tuned=True),
-    System("x-transformers", "torch", "x_transformers_peer", "plain", ("decoder-train",), ("torch", "x_transformers")),
+    System("x-transformers", "torch", "x_transformers_peer", "plain", _NO_BEAM, _X),
+    System("x-transformers tuned", "torch", "x_transformers_peer", "tuned", _NO_BEAM, _X, tuned=True),
+    System(
+        "keras-hub torch", "torch", "keras_hub_peer", "torch", _MODEL, ("torch", *_KERAS), settings=_backend("torch")
+    ),
+    System("keras-hub jax", "jax", "keras_hub_peer", "jax", _MODEL, ("jax", *_KERAS), settings=_backend("jax")),
     System("nnx as written", "jax", "nnx_peer", "nnx.jit", ("decoder-train", *_DISPATCH), ("jax", "flax", "optax")),
     System("linen", "jax", "linen_peer", "jit", ("decoder-train",), ("jax", "flax", "optax")),
     System("jax raw jit", "jax", "flax_twin", "raw", _DISPATCH, ("jax", "flax"), tuned=True),
