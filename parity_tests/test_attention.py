@@ -327,6 +327,55 @@ def test_self_attention_against_loops(twin, name, mask):
     assert_close(layer(twin.array(X), **as_arrays(twin, extra)), expected)
 
 
+CAUSAL = ("causal", "causal window 1", "causal window 3", "everything")
+IN_PIECES = [(name, mask) for name in CAUSAL for mask in ("no mask", "boolean", "additive", "bias and boolean")]
+
+
+@pytest.mark.parametrize(("name", "mask"), IN_PIECES)
+def test_queries_in_pieces_change_nothing(name, mask, monkeypatch):
+    """What Flax does from 256 queries on, with five: the loops' output, and every gradient as without pieces."""
+    layer, values, known = build(FLAX, LAYERS[name])
+    extra, file = SELF_MASKS[mask](known["A"]), FLAX.file("attention")
+    X, cotangent = random_array(20, B, T, D), random_array(22, B, T, D)
+    made = []
+    monkeypatch.setattr(file, "attend", lambda Q, *M, attend=file.attend, **kw: made.append(Q) or attend(Q, *M, **kw))
+
+    def run(m, **inputs):
+        return m(**inputs, **as_arrays(FLAX, extra))
+
+    whole = gradients(FLAX, run, {"X": X}, layer, cotangent)
+    monkeypatch.setattr(file, "_LONG", T)
+    assert {Q.shape[2] for Q in made} == {T}
+    made.clear()
+    out, grads = gradients(FLAX, run, {"X": X}, layer, cotangent)
+    assert {Q.shape[2] for Q in made} == {1, 2}
+    assert_close(out, references.attention(X, values, **known, **extra))
+    assert_gradients_close(grads, whole[1], 1e-13)
+
+
+@pytest.mark.parametrize("fault", ["a key is left out", "the window begins late", "rows of a mask stay"])
+def test_pieces_that_are_cut_elsewhere_are_noticed(fault, monkeypatch):
+    layer, _, known = build(FLAX, LAYERS["everything"])
+    extra, file = as_arrays(FLAX, SELF_MASKS["bias and boolean"](known["A"])), FLAX.file("attention")
+    X = FLAX.array(random_array(20, B, T, D))
+    right = layer(X, **extra)
+    monkeypatch.setattr(file, "_LONG", T)
+    assert_close(layer(X, **extra), right, 1e-14)
+    if fault == "rows of a mask stay":
+        whole = file._part
+        monkeypatch.setattr(file, "_part", lambda v, begin, first, end: whole(v, 0, first, end)[..., : end - begin, :])
+    else:
+        late = fault == "the window begins late"
+
+        def attend(Q, K, V, *, allowed, attend=file.attend, **how):
+            seen = allowed.at[..., 0 if late else -1].set(False)
+            return attend(Q, K, V, allowed=seen, **how)
+
+        monkeypatch.setattr(file, "attend", attend)
+    with pytest.raises(AssertionError):
+        assert_close(layer(X, **extra), right, 1e-14)
+
+
 CROSS_MASKS = {
     "no mask": lambda A: {},
     "padding": lambda A: {"memory_mask": np.array([[1, 1, 0, 0], [0, 1, 1, 1]], bool)[:, None, None]},
