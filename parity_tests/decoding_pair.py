@@ -22,9 +22,12 @@ _MARGIN = 1e-9  # of what the search in float64 itself rounds
 
 
 class Pair:
-    """The torch and the Flax model of one configuration and one draw of weights."""
+    """The torch and the Flax model of one configuration and one draw of weights.
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    ``like``: one of the same configuration, whose compiled program of Flax's generator is used again.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, *, like: Pair | None = None) -> None:
         self.config = config
         weights = telling_weights(config, seed)
         with self._x64():
@@ -34,6 +37,9 @@ class Pair:
                 twin.load_weights(model, weights)
                 self.models.append(model)
             self.writers = (TorchWriter(self.models[0], BUCKET), FlaxWriter(self.models[1], BUCKET))
+        if like is not None:
+            assert like.config == config
+            self.writers[1]._generator._whole = like.writers[1]._generator._whole
 
     def _x64(self) -> Any:
         return jax.enable_x64(self.config.compute_dtype == "float64")

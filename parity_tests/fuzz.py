@@ -15,10 +15,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
+
+Todo, Found = TypeVar("Todo"), TypeVar("Found")
 
 RUNGS = ("parameters", "forward", "gradients")
 
@@ -104,10 +106,8 @@ def summarize(lines: list[dict[str, Any]]) -> int:
     return 0 if verdicts["agree"] and not verdicts["differ"] else 1
 
 
-def run_all(
-    judge: Callable[[tuple[int, int]], dict[str, Any]], todo: list[tuple[int, int]], jobs: int
-) -> Iterator[dict[str, Any]]:
-    """One line a case, in worker processes, as they are done."""
+def run_all(judge: Callable[[Todo], Found], todo: list[Todo], jobs: int) -> Iterator[Found]:
+    """What ``judge`` finds of each, in worker processes, as they are done."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs, initializer=_prepare, maxtasksperchild=100) as pool:
         yield from pool.imap_unordered(judge, todo)

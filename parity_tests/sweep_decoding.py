@@ -3,13 +3,18 @@
 ``python -m parity_tests.sweep_decoding --cases 500 --out FILE``. In float64 everything must be equal. In float32 the
 twins may part where a decision is closer than rounding: such a difference is explained if the search in NumPy, on
 float64 logits that are moved at random by no more than the largest float32 error that was measured, comes to what
-each twin wrote. One line of JSON a model, written as it is done; what FILE already holds is not run again.
+each twin wrote. One line of JSON a model, written as its configuration is done; what FILE already holds is not run
+again.
+
+A configuration is drawn for ``DRAWS`` models, each with weights, prompts and padding of its own: compiling takes most
+of the time, and is the same for all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import sys
@@ -27,11 +32,12 @@ from twinformer.decoding import BeamConfig, SamplingConfig
 CONTEXT, PROMPT, NEW, BUCKET = 24, 6, 8, 8
 BOUND = 1e-11  # of log-probabilities in float64: sums of up to NEW of them
 TRIALS = 60
+DRAWS = 4  # models of each configuration
 
 
 def drawn(number: int, seed: int) -> tuple[Any, dict[str, Any]]:
-    """A configuration that predicts tokens, and what it is asked to write."""
-    rng = np.random.default_rng([seed, number])
+    """A configuration that predicts tokens, one for ``DRAWS`` numbers, and what it is asked to write."""
+    rng, own = np.random.default_rng([seed, number // DRAWS]), np.random.default_rng([seed, number, 1])
     config = next(
         case.config
         for case in seeded_cases(200, seed=int(rng.integers(2**31)))
@@ -39,16 +45,16 @@ def drawn(number: int, seed: int) -> tuple[Any, dict[str, Any]]:
     )
     config = config.replace(context_length=CONTEXT, dropout=0.0, attention_dropout=0.0, hidden_dropout=0.0)
     B = int(rng.integers(1, 4))
-    asked: dict[str, Any] = {"prompts": rng.integers(0, config.vocab_size, (B, PROMPT))}
+    asked: dict[str, Any] = {"prompts": own.integers(0, config.vocab_size, (B, PROMPT))}
     kinds = ("none", "left", "right", "holes")
-    real = padding_of(kinds[rng.integers(4)], B, PROMPT, rng)
+    real = padding_of(kinds[rng.integers(4)], B, PROMPT, own)
     if real is not None:
-        real[np.arange(B), rng.integers(0, PROMPT, B)] = True  # a prompt is not empty
+        real[np.arange(B), own.integers(0, PROMPT, B)] = True  # a prompt is not empty
         asked["padding_mask"] = real
     if config.architecture == "encoder-decoder":
         S = int(rng.integers(1, 8))
-        asked["source"] = rng.integers(0, config.source_vocab_size, (B, S))
-        source_real = padding_of(kinds[rng.integers(4)], B, S, rng)
+        asked["source"] = own.integers(0, config.source_vocab_size, (B, S))
+        source_real = padding_of(kinds[rng.integers(4)], B, S, own)
         if source_real is not None:
             source_real[:, 0] = True
             asked["source_padding_mask"] = source_real
@@ -68,38 +74,48 @@ def drawn(number: int, seed: int) -> tuple[Any, dict[str, Any]]:
         alpha=float(rng.choice([0.0, 0.6, 1.0, 2.0])),
         shrink=bool(rng.integers(2)),
     )
-    asked["seed"] = int(rng.integers(2**63))
+    asked["seed"] = int(own.integers(2**63))
     return config, asked
 
 
-def judged(number_and_seed: tuple[int, int]) -> dict[str, Any]:
-    """One line: the problems of float64, and what became of every difference in float32."""
+def judged(numbers_and_seed: tuple[tuple[int, ...], int]) -> list[dict[str, Any]]:
+    """A line for each of these models of one configuration: the problems of float64, and every float32 difference."""
     import gc
 
     import jax
 
-    from parity_tests.decoding_pair import Pair, explained
+    from parity_tests.decoding_pair import Pair
     from twinformer.parity.haste import hurried
 
-    number, seed = number_and_seed
-    config, asked = drawn(number, seed)
-    line: dict[str, Any] = {"case": f"{seed}/{number}", "problems": [], "float32": {}}
+    numbers, seed = numbers_and_seed
+    lines: list[dict[str, Any]] = []
+    wide = narrow = None
     with hurried({}):
-        wide = Pair(config.with_dtype("float64"), number)
-        for way in ("greedy", "sampled", "beam"):
-            one, other = wide.written(way, asked)
-            line["problems"] += [f"{way}: {text}" for text in differences(one, other)]
-        narrow = Pair(config.with_dtype("float32"), number)
-        for way in ("greedy", "sampled", "beam"):
-            one, other = narrow.written(way, asked)
-            same = np.array_equal(one.tokens, other.tokens) and np.array_equal(one.lengths, other.lengths)
-            line["float32"][way] = "same" if same else explained(way, wide, narrow, asked, (one, other))
+        for number in numbers:
+            config, asked = drawn(number, seed)
+            wide = Pair(config.with_dtype("float64"), number, like=wide)
+            narrow = Pair(config.with_dtype("float32"), number, like=narrow)
+            lines.append({"case": f"{seed}/{number}"} | _line(wide, narrow, asked))
+            if lines[-1]["problems"] or "not explained" in lines[-1]["float32"].values():
+                lines[-1]["config"] = config.to_dict()
+    del wide, narrow
+    jax.clear_caches()
+    gc.collect()
+    return lines
+
+
+def _line(wide: Any, narrow: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    from parity_tests.decoding_pair import explained
+
+    line: dict[str, Any] = {"problems": [], "float32": {}}
+    for way in ("greedy", "sampled", "beam"):
+        one, other = wide.written(way, asked)
+        line["problems"] += [f"{way}: {text}" for text in differences(one, other)]
+    for way in ("greedy", "sampled", "beam"):
+        one, other = narrow.written(way, asked)
+        same = np.array_equal(one.tokens, other.tokens) and np.array_equal(one.lengths, other.lengths)
+        line["float32"][way] = "same" if same else explained(way, wide, narrow, asked, (one, other))
     line["tokens"] = int(one.lengths.sum())
-    if line["problems"] or "not explained" in line["float32"].values():
-        line["config"] = config.to_dict()
-    if number % 10 == 9:
-        jax.clear_caches()
-        gc.collect()
     return line
 
 
@@ -133,17 +149,18 @@ def main() -> int:
     options = parser.parse_args()
     lines = fuzz.read_lines(options.out)
     done = {line["case"] for line in lines}
-    todo = [(number, options.seed) for number in range(options.cases) if f"{options.seed}/{number}" not in done]
+    missing = [number for number in range(options.cases) if f"{options.seed}/{number}" not in done]
+    todo = [(tuple(group), options.seed) for _, group in itertools.groupby(missing, key=lambda number: number // DRAWS)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     with options.out.open("a", encoding="utf-8") as out, Progress(console=console) as progress:
-        task = progress.add_task("models", total=options.cases, completed=options.cases - len(todo))
+        task = progress.add_task("models", total=options.cases, completed=options.cases - len(missing))
         try:
-            for line in fuzz.run_all(judged, todo, options.jobs):
-                out.write(json.dumps(line) + "\n")
+            for found in fuzz.run_all(judged, todo, options.jobs):
+                out.writelines(json.dumps(line) + "\n" for line in found)
                 out.flush()
-                lines.append(line)
-                progress.advance(task)
+                lines += found
+                progress.advance(task, len(found))
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from here")
     return summarize(lines)
