@@ -389,8 +389,13 @@ CONVENTIONS = {
 }
 
 
-@both
-@pytest.mark.parametrize("name", CONVENTIONS)
+# all of them in one twin; of the other, which gives the same log-probabilities, those that take no other program
+OTHERS = [(TORCH, name) for name in CONVENTIONS] + [
+    (FLAX, name) for name, (change, _) in CONVENTIONS.items() if callable(change) or name.startswith(("begun", "eps"))
+]
+
+
+@pytest.mark.parametrize(("twin", "name"), OTHERS, ids=[f"{twin.name}-{name}" for twin, name in OTHERS])
 def test_another_convention_is_noticed(twin, name):
     config, tensors, *_ = read_transliteration()
     change, margin = CONVENTIONS[name]
