@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from parity_tests.helpers import FLAX, TORCH, assert_close, both
+from parity_tests.helpers import assert_close, both
 from parity_tests.readers import (
     build,
     needs_shared,
@@ -20,6 +20,8 @@ from parity_tests.readers import (
     run,
     walk,
 )
+from twinformer.parity import judge
+from twinformer.parity.case import make_case
 
 nano_sort = needs_shared("gpt-nano-sort-model.json", "gpt-nano-sort-partials.json")
 stories = needs_shared("stories260K.bin", "tok512.bin")
@@ -254,18 +256,30 @@ def test_stories_greedy_decoding_step_by_step(twin):
     assert pieces.decode(tokens[1:]) == "Once upon a time, there was a"
 
 
+JUDGED = ("parameters", "forward", "gradients", "precision", "decoding")
+
+
 @stories
-def test_stories_twins_agree_in_every_block():
-    """Over the whole context, random tokens, padding on either side."""
+def test_the_judge_agrees_on_the_story():
+    """Every module and gradient, on the story and the same with padding before and behind it."""
     config, weights, _ = read_stories()
-    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, config.context_length))
+    tokens = np.stack([STORY_TOKENS[:64], np.concatenate([np.zeros(9, np.int64), STORY_TOKENS[:55]])])
     real = np.ones(tokens.shape, bool)
-    real[1, 400:] = False
-    real[1, :100] = False
-    both_states = [walk(twin, build(twin, config, weights), tokens, real) for twin in (TORCH, FLAX)]
-    assert len(both_states[0]) == config.num_layers + 1
-    for layer, (torch_state, flax_state) in enumerate(zip(*both_states, strict=True)):
-        assert_close(flax_state[real], torch_state[real], 1e-12, name=f"layer {layer}")
+    real[1, :9] = real[1, 60:] = False
+    report = judge(make_case("stories260K", config, weights, {"tokens": tokens, "padding_mask": real}), rungs=JUDGED)
+    report.assert_agrees()
+    assert {name: rung.verdict for name, rung in report.rungs.items()} == dict.fromkeys(JUDGED, "agree")
+
+
+@nano_sort
+def test_the_judge_agrees_on_what_is_sorted():
+    """What the sorter is given to read: six letters and, but for the last, the same in order."""
+    config, weights = read_nano_sort()
+    letters = np.array(list(itertools.product(range(3), repeat=6))[::97])
+    tokens = np.concatenate([letters, np.sort(letters, axis=1)[:, :-1]], axis=1)
+    report = judge(make_case("gpt-nano-sort", config, weights, {"tokens": tokens}), rungs=JUDGED)
+    report.assert_agrees()
+    assert {name: rung.verdict for name, rung in report.rungs.items()} == dict.fromkeys(JUDGED, "agree")
 
 
 @stories
