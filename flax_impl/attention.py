@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from flax_impl.dropout import Dropout, Key
-from flax_impl.linear import Linear, check_dtypes, matmul, wide_dtype
+from flax_impl.linear import Linear, check_dtypes, in_training, matmul, wide_dtype
 from flax_impl.masks import causal_mask, exposed, masked_softmax, quarantine, window_mask
 from flax_impl.norms import LayerNorm, RMSNorm
 from flax_impl.positions import Positions, RotaryEncoding
@@ -26,7 +26,7 @@ Added = Float[Array, "..."]
 # K Qᵀ reads the keys as they lie: with few queries several times faster on a CPU than Q Kᵀ, which is the same product
 _FEW_ROWS = 16
 
-# from so many queries on, causal self-attention goes by pieces of them; more pieces take longer to compile
+# from so many queries on, causal self-attention is trained by pieces of them; more pieces take longer to compile
 _LONG, _PIECES, _MOST_ROWS = 256, 4, 512
 
 
@@ -207,7 +207,7 @@ class AttentionLayer(nnx.Module):
             K, V, broken = self.remember(H_enc)
             allowed, added = self._read(memory_mask)
         drops = self.dropout.rate > 0 and rng is not None  # what is dropped goes by place in all of the scores
-        in_pieces = H_enc is None and self.causal and X.shape[1] >= _LONG and not drops
+        in_pieces = H_enc is None and self.causal and X.shape[1] >= _LONG and in_training() and not drops
         return self.recall(
             X, K, V, broken, positions=positions, bias=added, allowed=allowed, rng=rng, in_pieces=in_pieces
         )

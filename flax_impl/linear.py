@@ -61,6 +61,11 @@ def matmul(X: Float[Array, "..."], Y: Float[Array, "..."]) -> Float[Array, "..."
     return _product(X, Y) if _first_gradients and is_plain else jnp.matmul(X, Y)
 
 
+def in_training() -> bool:
+    """Whether what is traced now is within ``first_gradients``: no module is looked at there from outside."""
+    return _first_gradients > 0
+
+
 _first_gradients = 0  # blocks of ``first_gradients`` that are open
 
 

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import Progress
 
+from parity_tests.quick_programs import XLA_FLAGS
+
 Todo, Found = TypeVar("Todo"), TypeVar("Found")
 
 RUNGS = ("parameters", "forward", "gradients")
@@ -116,6 +118,7 @@ def run_all(judge: Callable[[Todo], Found], todo: list[Todo], jobs: int) -> Iter
 def _prepare() -> None:
     os.environ["JAX_ENABLE_X64"] = "1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
     import torch
 
     torch.set_num_threads(1)

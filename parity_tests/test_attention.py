@@ -333,7 +333,7 @@ IN_PIECES = [(name, mask) for name in CAUSAL for mask in ("no mask", "boolean", 
 
 @pytest.mark.parametrize(("name", "mask"), IN_PIECES)
 def test_queries_in_pieces_change_nothing(name, mask, monkeypatch):
-    """What Flax does from 256 queries on, with five: the loops' output, and every gradient as without pieces."""
+    """What Flax does in training from 256 queries on, with five: the output of the loops, and all gradients the same."""
     layer, values, known = build(FLAX, LAYERS[name])
     extra, file = SELF_MASKS[mask](known["A"]), FLAX.file("attention")
     X, cotangent = random_array(20, B, T, D), random_array(22, B, T, D)
@@ -347,7 +347,11 @@ def test_queries_in_pieces_change_nothing(name, mask, monkeypatch):
     monkeypatch.setattr(file, "_LONG", T)
     assert {Q.shape[2] for Q in made} == {T}
     made.clear()
-    out, grads = gradients(FLAX, run, {"X": X}, layer, cotangent)
+    gradients(FLAX, run, {"X": X}, layer, cotangent)
+    assert {Q.shape[2] for Q in made} == {T}, "outside of training there are no pieces"
+    made.clear()
+    with FLAX.file("linear").first_gradients():
+        out, grads = gradients(FLAX, run, {"X": X}, layer, cotangent)
     assert {Q.shape[2] for Q in made} == {1, 2}
     assert_close(out, references.attention(X, values, **known, **extra))
     assert_gradients_close(grads, whole[1], 1e-13)
@@ -360,6 +364,7 @@ def test_pieces_that_are_cut_elsewhere_are_noticed(fault, monkeypatch):
     X = FLAX.array(random_array(20, B, T, D))
     right = layer(X, **extra)
     monkeypatch.setattr(file, "_LONG", T)
+    monkeypatch.setattr(file, "in_training", lambda: True)
     assert_close(layer(X, **extra), right, 1e-14)
     if fault == "rows of a mask stay":
         whole = file._part
