@@ -208,9 +208,7 @@ class AttentionLayer(nnx.Module):
             allowed, added = self._read(memory_mask)
         drops = self.dropout.rate > 0 and rng is not None  # what is dropped goes by place in all of the scores
         in_pieces = H_enc is None and self.causal and X.shape[1] >= _LONG and in_training() and not drops
-        return self.recall(
-            X, K, V, broken, positions=positions, bias=added, allowed=allowed, rng=rng, in_pieces=in_pieces
-        )
+        return self._recall(X, K, V, broken, positions, added, allowed, rng, in_pieces=in_pieces)
 
     def remember(
         self, M: Float[Array | np.ndarray, "B S D"], *, positions: Integer[Array | np.ndarray, "#B S"] | None = None
@@ -242,15 +240,29 @@ class AttentionLayer(nnx.Module):
         bias: Float[Array | np.ndarray, "..."] | None = None,
         allowed: Bool[Array | np.ndarray, "..."] | None = None,
         rng: Key | None = None,
-        in_pieces: bool = False,
     ) -> Float[Array, "B T D"]:
         """The queries of X on what ``remember`` gave: ``[B, T, D]``.
 
         ``allowed`` is boolean and broadcasts to ``[B, A, T, S]``, as ``bias`` does, which is added to the scores.
-        ``positions`` are those of X, by which its queries turn (self-attention). ``in_pieces``: the keys are those of X
-        itself, and it is causal (``attend_causally``). Raises InputError.
+        ``positions`` are those of X, by which its queries turn (self-attention). Raises InputError.
         """
         check_activations("AttentionLayer", X=X, model_dim=self.model_dim, positions=positions)
+        return self._recall(X, K, V, broken, positions, bias, allowed, rng)
+
+    def _recall(
+        self,
+        X: Float[Array | np.ndarray, "B T D"],
+        K: Float[Array, "B G S K"],
+        V: Float[Array, "B G S J"],
+        broken: Bool[Array, "B S"],
+        positions: Positions | None,
+        bias: Float[Array | np.ndarray, "..."] | None,
+        allowed: Bool[Array | np.ndarray, "..."] | None,
+        rng: Key | None,
+        *,
+        in_pieces: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """``in_pieces``: the keys are those of X itself, and it is causal (``attend_causally``)."""
         X, lost = quarantine(jnp.asarray(X, self.compute_dtype))
         rows_Q, broken_Q = quarantine(self.query(X))
         Q = self._heads(rows_Q, self.num_heads)

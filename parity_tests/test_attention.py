@@ -333,7 +333,7 @@ IN_PIECES = [(name, mask) for name in CAUSAL for mask in ("no mask", "boolean", 
 
 @pytest.mark.parametrize(("name", "mask"), IN_PIECES)
 def test_queries_in_pieces_change_nothing(name, mask, monkeypatch):
-    """What Flax does in training from 256 queries on, with five: the output of the loops, and all gradients the same."""
+    """What Flax does in training from 256 queries on, with five: the output of the loops, and the same gradients."""
     layer, values, known = build(FLAX, LAYERS[name])
     extra, file = SELF_MASKS[mask](known["A"]), FLAX.file("attention")
     X, cotangent = random_array(20, B, T, D), random_array(22, B, T, D)
