@@ -24,6 +24,7 @@ import flax_impl.cache
 import torch_impl.attention
 import torch_impl.cache
 from twinformer.parity.case import Arrays
+from twinformer.parity.haste import little_care
 
 Array = npt.NDArray[Any]
 HALVES = ("remember", "recall")
@@ -132,6 +133,8 @@ class FlaxDecoder:
         self.two = model.config.architecture == "encoder-decoder"
         self.graphdef, self.state = nnx.split(model)
         self._programs = programs
+        wide = model.config.compute_dtype == "float64"
+        self._care = little_care(dict(enumerate(jax.tree.leaves(self.state)))) if wide else {}
         self._reset, self._reorder = jax.jit(flax_impl.cache.reset_cache), jax.jit(flax_impl.cache.reorder_cache)
 
     def full(self, inputs: Arrays, *, watch: bool = False) -> tuple[Array, list[Seen]]:
@@ -188,7 +191,7 @@ class FlaxDecoder:
                 names[:] = [(one.path, one.kind) for one in seen]
                 return result, [(one.arguments, one.outputs) for one in seen]
 
-            self._programs[key] = (jax.jit(call), names)
+            self._programs[key] = (jax.jit(call, compiler_options=self._care), names)
         program, names = self._programs[key]
         result, kept = program(self.state, *arguments)
         kept = jax.tree.map(np.asarray, kept)

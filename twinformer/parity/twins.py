@@ -35,7 +35,7 @@ from twinformer.learning import TrainingConfig
 from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
 from twinformer.parity.decoders import Decoder, FlaxDecoder, TorchDecoder
-from twinformer.parity.haste import hurried
+from twinformer.parity.haste import hurried, little_care
 from twinformer.parity.training_runs import Trained, fresh, train
 from twinformer.parity.writers import Chooser, FlaxChooser, FlaxWriter, TorchChooser, TorchWriter, Writer
 
@@ -365,7 +365,9 @@ class FlaxTwin:
         inputs = {name: jnp.asarray(value) for name, value in case.inputs.items()}
         wide = jnp.float64 if case.config.compute_dtype == "float64" else jnp.float32
         cotangent = jnp.asarray(case.cotangent, wide)
-        forward, differentiated = self._program(graphdef, detail)
+        # rung 3 is about what users get; in float64 nobody looks at more than the values
+        options = little_care(case.tensors) if case.config.compute_dtype == "float64" else {}
+        forward, differentiated = self._program(graphdef, detail, options)
         if not gradients:
             output, calls = forward(state, inputs, cotangent)
             return Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
@@ -383,7 +385,7 @@ class FlaxTwin:
         run.module_gradients = {name: widened(np.asarray(leaf)) for name, leaf in of_modules.items()}
         return run
 
-    def _program(self, graphdef: Any, detail: Detail) -> tuple[Any, Any]:
+    def _program(self, graphdef: Any, detail: Detail, options: dict[str, bool | int]) -> tuple[Any, Any]:
         """The compiled forward pass and the compiled gradients, kept for other weights and inputs of the same shapes.
 
         Kept in this object, not for the process: a program outlives the code that it was traced from.
@@ -398,8 +400,10 @@ class FlaxTwin:
                 return (output.astype(cotangent.dtype) * cotangent).sum(), (output, calls)
 
             self._programs[graphdef, detail] = (
-                jax.jit(lambda state, inputs, cotangent: scalar(state, {}, inputs, cotangent)[1]),
-                jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)),
+                jax.jit(
+                    lambda state, inputs, cotangent: scalar(state, {}, inputs, cotangent)[1], compiler_options=options
+                ),
+                jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), compiler_options=options),
             )
         return self._programs[graphdef, detail]
 
