@@ -66,14 +66,13 @@ class Pair:
 
     def logits(self, twin: int, asked: dict[str, Any], row: int, written: Sequence[int]) -> Any:
         """``[len(written) + 1, V]``: what one twin says after the prompt of a row and after each written token."""
-        prompt = asked["prompts"][row]
         name, mask = ("target", "target_padding_mask") if "source" in asked else ("tokens", "padding_mask")
+        prompt, real = self._kept(asked["prompts"][row], asked.get("padding_mask"), row)
         inputs: dict[str, Any] = {name: np.concatenate((prompt, np.asarray(written, np.int64)))[None]}
-        if "padding_mask" in asked:  # padding stays where it is: a window counts places
-            inputs[mask] = np.concatenate((asked["padding_mask"][row], np.ones(len(written), np.bool_)))[None]
-        for given in ("source", "source_padding_mask"):
-            if given in asked:
-                inputs[given] = asked[given][row][None]
+        inputs[mask] = np.concatenate((real, np.ones(len(written), np.bool_)))[None]
+        if "source" in asked:
+            source, source_real = self._kept(asked["source"][row], asked.get("source_padding_mask"), row)
+            inputs |= {"source": source[None], "source_padding_mask": source_real[None]}
         with self._x64():
             if twin == 0:
                 import torch
@@ -82,8 +81,13 @@ class Pair:
                     found = self.models[0](**{key: torch.from_numpy(np.array(x)) for key, x in inputs.items()}).numpy()
             else:
                 found = np.asarray(self.models[1](**inputs))
-        last = np.flatnonzero(asked["padding_mask"][row])[-1] if "padding_mask" in asked else len(prompt) - 1
-        return found[0, [last, *range(len(prompt), found.shape[1])]].astype(np.float64)
+        return found[0, len(prompt) - 1 :].astype(np.float64)
+
+    def _kept(self, ids: Any, padding_mask: Any, row: int) -> tuple[Any, Any]:
+        """What of a row a model is given: its real tokens or, where places are counted, all up to the last of them."""
+        real = np.ones(ids.shape, np.bool_) if padding_mask is None else padding_mask[row]
+        kept = real if self.config.position_counting == "real" else np.arange(len(ids)) <= np.flatnonzero(real)[-1]
+        return ids[kept], real[kept]
 
 
 def explained(way: str, wide: Pair, narrow: Pair, asked: dict[str, Any], results: tuple[Any, Any]) -> str:
