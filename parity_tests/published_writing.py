@@ -22,8 +22,6 @@ import torch
 from parity_tests.helpers import Twin, to_numpy
 from parity_tests.published_seq2seq import inputs_of
 from parity_tests.published_witness import Arrays, positions_of, wide
-from parity_tests.readers import build
-from twinformer import pretrained
 
 #: prompts and sources are longer than one bucket, and end within one
 BUCKET = 4
@@ -196,6 +194,5 @@ def errors(found: Written, wanted: Written) -> dict[str, float]:
 
 
 def examine(twin: Twin, directory: Path, task: Task, wanted: Written) -> dict[str, float]:
-    """What ``directory`` holds, read and written with by ``twin``, against what its model wrote."""
-    read = pretrained.read(directory)
-    return errors(ours(twin, build(twin, read.config, read.tensors), task), wanted)
+    """What ``twin``'s ``from_pretrained`` makes of ``directory``, writing, against what its model wrote."""
+    return errors(ours(twin, twin.file("weights").from_pretrained(directory, dtype="float64"), task), wanted)

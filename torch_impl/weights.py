@@ -146,6 +146,10 @@ def from_pretrained(
             owner._parameters[name] = nn.Parameter(
                 _tensor(array, copy=False).to(device=device or "cpu", dtype=held.dtype)
             )
+    for owner in model.modules():
+        if owner._buffers:  # frequencies of positions, which are no weights: made anew where the model now is
+            owner.to_empty(device=device or "cpu", recurse=False)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     return model
 
 
