@@ -314,7 +314,7 @@ def test_a_head_of_its_own_with_both_names_of_its_bias(twin, family, tmp_path):
     tokens, real = inputs()
     with wide(), torch.no_grad():
         expected = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(real.astype(np.int64))).logits
-    ours = build(twin, read.config, read.tensors)
+    ours = twin.file("weights").from_pretrained(tmp_path / "model", dtype="float64")
     assert_close(
         to_numpy(ours(twin.array(tokens), padding_mask=twin.array(real)))[real], to_numpy(expected)[real], 1e-11
     )
