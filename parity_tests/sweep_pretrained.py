@@ -10,17 +10,24 @@ suite: the tests hold a few cases of each family, this looks further.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from parity_tests.quick_programs import XLA_FLAGS
+
+os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
+
 import jax
 import numpy as np
 
+from parity_tests import fuzz
 from parity_tests import published_seq2seq as seq2seq
 from parity_tests import published_writing as writing
 from parity_tests import test_original as original
@@ -137,23 +144,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=20, help="of each family")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; case i has seed + i")
     parser.add_argument("--twins", choices=["torch", "flax", "both"], default="torch")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON Lines, a case each, continued where it ends")
     parser.add_argument("--verbose", action="store_true", help="one line for each case")
     options = parser.parse_args(arguments)
     jax.config.update("jax_enable_x64", True)
     twins = {"torch": [TORCH], "flax": [FLAX], "both": [TORCH, FLAX]}[options.twins]
-    failed = 0
-    for family in options.family or sorted(EXAMINERS):
-        start, worst = time.perf_counter(), (0.0, "")
-        for case in range(options.seed, options.seed + options.cases):
-            errors, told = EXAMINERS[family](np.random.default_rng(case), twins)
+    families = options.family or sorted(EXAMINERS)
+    lines = fuzz.read_lines(options.out) if options.out else []
+    done = {(line["family"], line["seed"], line["twins"]) for line in lines}
+    with options.out.open("a", encoding="utf-8") if options.out else contextlib.nullcontext() as out:
+        for seed, family in itertools.product(range(options.seed, options.seed + options.cases), families):
+            if (family, seed, options.twins) in done:
+                continue
+            errors, told = EXAMINERS[family](np.random.default_rng(seed), twins)
             name = max(errors, key=lambda key: errors[key])
-            worst = max(worst, (errors[name], name))
-            bad = not errors[name] <= BOUND
-            failed += bad
-            if bad or options.verbose:
-                _say(f"{family} seed {case}: {'FAILED, ' if bad else ''}{errors[name]:.2e} at {name}; {told}")
-        seconds = time.perf_counter() - start
-        _say(f"{family}: {options.cases} cases, largest error {worst[0]:.2e} at {worst[1]}, {seconds:.0f} s")
+            line = {"family": family, "seed": seed, "twins": options.twins, "compared": len(errors)}
+            line |= {"worst": errors[name], "at": name, "failed": not errors[name] <= BOUND, "what": told}
+            lines.append(line)
+            if out:
+                out.write(json.dumps(line) + "\n")
+                out.flush()
+            if line["failed"] or options.verbose:
+                _say(
+                    f"{family} seed {seed}: {'FAILED, ' if line['failed'] else ''}{errors[name]:.2e} at {name}; {told}"
+                )
+    for family in families:
+        found = [line for line in lines if line["family"] == family]
+        worst = max(found, key=lambda line: line["worst"])
+        _say(f"{family}: {len(found)} cases, largest error {worst['worst']:.2e} at {worst['at']}")
+    failed = sum(line["failed"] for line in lines)
     _say(f"{failed} failed")
     return 1 if failed else 0
 
