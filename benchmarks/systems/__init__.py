@@ -88,6 +88,8 @@ SYSTEMS = (
     System("torch_impl tuned", "torch", "torch_twin", "eager", _MODEL, ("torch",), tuned=True, settings=ALLOCATOR),
     System("flax_impl", "jax", "flax_twin", "jit", (*_MODEL, *_DISPATCH, *_MICRO), ("jax", "flax")),
     System("flax_impl tuned", "jax", "flax_twin", "jit", _MODEL, ("jax", "flax"), tuned=True, settings=ALLOCATOR),
+    System("flax_impl scan", "jax", "flax_twin", "scan", ("encoder-forward", *_TRAIN, *_DISPATCH), ("jax", "flax")),
+    System("flax_impl scan tuned", "jax", "flax_twin", "scan", _TRAIN, ("jax", "flax"), tuned=True, settings=ALLOCATOR),
     System("torch.nn", "torch", "torch_nn", "plain", ("encoder-forward", *_TRAIN), ("torch",)),
     System("torch.nn tuned", "torch", "torch_nn", "fused", _TRAIN, ("torch",), tuned=True),
     System("transformers eager", "torch", "hugging_face", "eager", _MODEL, ("torch", "transformers")),

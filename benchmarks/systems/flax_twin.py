@@ -1,7 +1,8 @@
-"""Our Flax twin; ``raw`` is its compiled program alone, called on flat leaves without anything around it."""
+"""Our Flax twin; ``scan``: its blocks as one loop; ``raw``: its compiled program alone, called on flat leaves."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ from flax_impl.optimizers import Optimizer
 def make(case: Case, weights: Arrays, variant: str) -> Any:
     if case.kind == "micro":
         return Micro(case)
+    if variant == "scan":
+        case = dataclasses.replace(case, config=case.config.replace(scan_layers=True))
     if case.kind == "train" or case.name == "dispatch-train":
         return RawTraining(case, weights) if variant == "raw" else Training(case, weights)
     model = flax_impl.build(case.config, seed=None)
