@@ -5,6 +5,7 @@ Exit codes: 0 the twins agree, 1 they differ, 2 the question could not be answer
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -90,6 +91,7 @@ def parity(
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
         from twinformer.parity.abreast import is_worth_it
         from twinformer.parity.judge import check_rungs, judge
+        from twinformer.parity.opened import check_opened
         from twinformer.parity.rungs import BY_DEFAULT, LADDER
         from twinformer.parity.subjects import find
         from twinformer.parity.witness import witnesses_for
@@ -104,6 +106,8 @@ def parity(
         with _err.status("reading the model") as status:
             found = find(subject, seed)
             witnesses = witnesses_for(found, witness)
+            if found.published is not None and found.directory is not None and "persistence" in wanted:
+                witnesses.append(functools.partial(check_opened, found.directory))
             report = judge(
                 found.case,
                 rungs=wanted,

@@ -15,6 +15,7 @@ from importlib import resources
 from twinformer.ledger import LEDGER
 from twinformer.parity import curves
 from twinformer.parity.compare import Comparison, ErrorPair
+from twinformer.parity.opened import NAME as OPENED
 from twinformer.parity.report import Report, least_noticed
 from twinformer.parity.rungs import LADDER
 from twinformer.parity.rungs.precision import DTYPES
@@ -65,7 +66,8 @@ def _header(report: Report, made: str) -> str:
 
 def _ladder(report: Report) -> str:
     rows = [_row(str(step.number), step.name, step.asks, report.rungs.get(step.name)) for step in LADDER]
-    rows += [_row("", name, "an outside witness", rung) for name, rung in report.witnesses.items()]
+    asks = {OPENED: "what users open is what was judged"}
+    rows += [_row("", name, asks.get(name, "an outside witness"), rung) for name, rung in report.witnesses.items()]
     heads = "".join(
         f"<th{' class=number' if is_number else ''}>{head}</th>"
         for head, is_number in (
