@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import torch_impl
-from torch_impl import fused, masks
+from torch_impl import fused, linear, masks
 from torch_impl.attention import attend
 from torch_impl.norms import LayerNorm
 from twinformer import presets
@@ -120,3 +120,39 @@ def test_rows_that_are_not_finite():
         again = masks.quarantine(X[:1])
     assert torch.equal(masks.quarantine(X[:1])[0], again[0])
     assert not again[1].any()
+
+
+# ---- a few rows times a large matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (3, 5), (16,), (17,), (0,)])
+def test_a_few_rows_meet_parts_of_the_matrix(shape, bias, dtype, monkeypatch):
+    rng = torch.Generator().manual_seed(3)
+    W = torch.randn(1024, 64, generator=rng, dtype=torch.float64)
+    X, b = torch.randn(*shape, 64, generator=rng, dtype=torch.float64), torch.randn(1024, generator=rng).double()
+    given = (X.to(dtype), W.to(dtype), b.to(dtype) if bias else None)
+    expected = given[0].double() @ given[1].double().T + (b.to(dtype).double() if bias else 0)
+    taken = []
+    product = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *given: taken.append(given[0].shape) or product(*given))
+    with torch.no_grad():
+        found = linear.affine(*given)
+        with fused.explicit_formulas():
+            plain = linear.affine(*given)
+    assert len(taken) == (1 if 0 < X.numel() // 64 <= 16 else 0)
+    assert found.shape == plain.shape == (*shape, 1024)
+    assert found.dtype == dtype
+    for one in (found, plain) if X.numel() else ():  # sums of 64 products
+        assert (one.double() - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("why", ["gradients", "small", "odd", "strided", "16 bits"])
+def test_parts_are_left_alone(why, monkeypatch):
+    W = torch.randn(1024, 64)
+    W = {"small": W[:512], "odd": W[:1023], "strided": torch.randn(64, 1024).t()}.get(why, W)
+    W = W.bfloat16() if why == "16 bits" else W
+    monkeypatch.setattr(torch, "bmm", None)
+    with torch.set_grad_enabled(why == "gradients"):
+        assert linear.affine(torch.randn(2, 64, dtype=W.dtype), W).shape == (2, len(W))

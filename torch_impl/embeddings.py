@@ -5,7 +5,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from torch_impl.dropout import Dropout, Key
-from torch_impl.linear import DTYPES, new_parameter, wide_dtype
+from torch_impl.linear import DTYPES, affine, new_parameter, wide_dtype
 from torch_impl.norms import make_norm
 from torch_impl.positions import LearnedPositions, PositionalEncoding, check_rows, extremes, look_up
 from torch_impl.weights import initialize
@@ -196,7 +196,7 @@ def unembed(
     dtype = h.dtype
     if scale is not None:
         h = h * torch.tensor(scale, dtype=dtype)
-    logits = nn.functional.linear(h, E.to(dtype), None if bias is None else bias.to(dtype))
+    logits = affine(h, E.to(dtype), None if bias is None else bias.to(dtype))
     if softcap is None:
         return logits
     return (softcap * torch.tanh(logits.to(wide_dtype(dtype)) / softcap)).to(dtype)

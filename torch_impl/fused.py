@@ -27,6 +27,11 @@ def explicit_formulas() -> Iterator[None]:
         _explicit -= 1
 
 
+def may_be_fast() -> bool:
+    """Whether a faster way to the same values may be taken at all."""
+    return not _explicit
+
+
 def may_look(X: Tensor) -> bool:
     """Whether values may decide which way is taken."""
     return not _explicit and X.device.type == "cpu" and not torch.compiler.is_compiling()
