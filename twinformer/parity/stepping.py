@@ -14,7 +14,7 @@ import flax_impl
 import torch_impl
 from twinformer.learning import OptimizerConfig
 from twinformer.parity.compare import FloatArray
-from twinformer.parity.haste import hurried
+from twinformer.parity.haste import hurried, little_care
 
 Leaves = dict[str, FloatArray]
 
@@ -48,7 +48,7 @@ def _flax_steps(
         optimizer = flax_impl.Optimizer(config)
         held: Any = {path: jnp.asarray(leaf, jnp.float64) for path, leaf in parameters.items()}
         state: Any = optimizer.init(held)
-        update = jax.jit(optimizer.update)
+        update = jax.jit(optimizer.update, compiler_options=little_care(parameters))
         seen = [{path: np.array(leaf) for path, leaf in held.items()}]
         for leaves, rate in zip(gradients, rates, strict=True):
             now = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
