@@ -91,9 +91,14 @@ def products(N: int, D: int, F: int) -> list[float]:
 
 
 def reading(torch: Any) -> float:
-    """Bytes a second of a matrix-vector product whose matrix is far larger than any cache."""
+    """Bytes a second of a matrix-vector product whose matrix is far larger than any cache: the better of two ways.
+
+    PyTorch's own product does not reach what the memory gives; a batch of products with parts of the matrix does.
+    """
     matrix, vector = torch.randn(8192, 8192), torch.randn(8192)
-    return float(4 * matrix.numel() / best(lambda: matrix @ vector))
+    parts, columns = matrix.view(8, 1024, 8192), vector[:, None].expand(8, 8192, 1)
+    quickest = min(best(lambda: matrix @ vector), best(lambda: torch.bmm(parts, columns)))
+    return float(4 * matrix.numel() / quickest)
 
 
 def copying(torch: Any) -> float:
