@@ -206,9 +206,7 @@ class AttentionLayer(nnx.Module):
             positions = None
             K, V, broken = self.remember(H_enc)
             allowed, added = self._read(memory_mask)
-        drops = self.dropout.rate > 0 and rng is not None  # what is dropped goes by place in all of the scores
-        in_pieces = H_enc is None and self.causal and X.shape[1] >= _LONG and in_training() and not drops
-        return self._recall(X, K, V, broken, positions, added, allowed, rng, in_pieces=in_pieces)
+        return self.recall(X, K, V, broken, positions=positions, bias=added, allowed=allowed, rng=rng)
 
     def remember(
         self, M: Float[Array | np.ndarray, "B S D"], *, positions: Integer[Array | np.ndarray, "#B S"] | None = None
@@ -247,22 +245,6 @@ class AttentionLayer(nnx.Module):
         ``positions`` are those of X, by which its queries turn (self-attention). Raises InputError.
         """
         check_activations("AttentionLayer", X=X, model_dim=self.model_dim, positions=positions)
-        return self._recall(X, K, V, broken, positions, bias, allowed, rng)
-
-    def _recall(
-        self,
-        X: Float[Array | np.ndarray, "B T D"],
-        K: Float[Array, "B G S K"],
-        V: Float[Array, "B G S J"],
-        broken: Bool[Array, "B S"],
-        positions: Positions | None,
-        bias: Float[Array | np.ndarray, "..."] | None,
-        allowed: Bool[Array | np.ndarray, "..."] | None,
-        rng: Key | None,
-        *,
-        in_pieces: bool = False,
-    ) -> Float[Array, "B T D"]:
-        """``in_pieces``: the keys are those of X itself, and it is causal (``attend_causally``)."""
         X, lost = quarantine(jnp.asarray(X, self.compute_dtype))
         rows_Q, broken_Q = quarantine(self.query(X))
         Q = self._heads(rows_Q, self.num_heads)
@@ -271,7 +253,10 @@ class AttentionLayer(nnx.Module):
         if self.rotary is not None and positions is not None:
             Q = self.rotary(Q, positions)
         how: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "bias": bias}
-        if in_pieces and allowed is not None:
+        drops = self.dropout.rate > 0 and rng is not None  # what is dropped goes by place in all of the scores
+        # training has no cache: with positions, the keys are those of X itself
+        is_own = self.causal and positions is not None and in_training()
+        if is_own and allowed is not None and X.shape[1] >= _LONG and not drops:
             Z = attend_causally(Q, K, V, allowed=allowed, window=self.window, **how)
         else:
             Z = attend(Q, K, V, allowed=allowed, dropout=self.dropout, rng=rng, **how)

@@ -49,3 +49,12 @@ def without_shape_hook():
 
     with shape_hook_off():
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For files whose matrices are so small that a second thread costs far more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

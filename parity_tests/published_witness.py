@@ -6,9 +6,8 @@ every layer's output, logits, loss, every gradient, relative to the largest magn
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
-from torch.overrides import TorchFunctionMode
 
 from parity_tests.helpers import Twin, _flax_leaves, _turned, random_array, to_numpy
 from parity_tests.readers import build
 from twinformer import pretrained
 from twinformer.config import ModelConfig
 from twinformer.parameters import model_parameters
+from twinformer.parity.original import wide
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -34,29 +33,6 @@ Arrays = dict[str, np.ndarray]
 
 #: a gradient below this part of the largest one is rounding
 ROUNDING = 1e-13
-
-
-class _Wide(TorchFunctionMode):
-    """Wherever float32 is asked for by name (norms, angles, softmax), float64 is given."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        wide = [torch.float64 if value is torch.float32 else value for value in args]
-        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return func(*wide, **named)
-
-
-@contextlib.contextmanager
-def wide() -> Iterator[None]:
-    """Within, PyTorch's default dtype is float64, and nothing computes in float32."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Wide():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def scattered(model_class: Any, config: Any, seed: int = 0) -> Any:

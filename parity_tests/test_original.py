@@ -36,14 +36,7 @@ SEQ2SEQ = [(family, name) for family, kind in seq2seq.KINDS.items() for name in 
 ENCODERS = [(family, head) for family in encoders.SETTINGS for head in encoders.HEADS]
 RICH = {"mistral": "window", "qwen2": "window above", "qwen3": "window above", "phi3": "window"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices are so small here that a second thread costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def publish(family, which, place):

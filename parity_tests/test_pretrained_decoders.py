@@ -33,14 +33,7 @@ RICH = {
     "phi3": "window",
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices are so small here that a second thread costs fifty times what it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,7 @@ RICH = {"t5": "gated, unscaled", "bart": "scaled", "marian": "two vocabularies"}
 RICH |= {"mt5": "relu", "mbart": "scaled", "m2m_100": "unscaled"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices are so small here that a second thread costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def published(family, case, place):

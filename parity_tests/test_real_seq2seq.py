@@ -21,7 +21,7 @@ from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import forward
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 
-pytestmark = needs_shared(*FILES)
+pytestmark = [needs_shared(*FILES), pytest.mark.usefixtures("one_thread")]
 
 BEGINNING, END = 1, 2
 STOP = StopConfig(tokens=(END,))
@@ -130,15 +130,6 @@ ORACLE = {
     ),
 }
 PAIRS = [(word, answer) for word, (_, best) in ORACLE.items() for answer in best]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices are so small here that a second thread costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache
