@@ -254,8 +254,8 @@ class AttentionLayer(nnx.Module):
             Q = self.rotary(Q, positions)
         how: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "bias": bias}
         drops = self.dropout.rate > 0 and rng is not None  # what is dropped goes by place in all of the scores
-        # training has no cache: with positions, the keys are those of X itself
-        is_own = self.causal and positions is not None and in_training()
+        # training has no cache: with positions, and as many keys, they are those of X itself
+        is_own = self.causal and positions is not None and in_training() and K.shape[2] == X.shape[1]
         if is_own and allowed is not None and X.shape[1] >= _LONG and not drops:
             Z = attend_causally(Q, K, V, allowed=allowed, window=self.window, **how)
         else:

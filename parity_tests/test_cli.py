@@ -54,7 +54,7 @@ def test_agreement_is_exit_code_0_with_a_table_and_json(tmp_path):
     done = twinformer("parity", str(tmp_path / "model"), "--json", str(file), "--html", str(page))
     assert done.returncode == 0, done.stderr + done.stdout
     assert "verdict: agree" in done.stdout
-    assert "not run: rounding, compilation, accumulation, beams, resumption, sharding" in done.stdout
+    assert "not run: long, rounding, compilation, adapters, accumulation, beams, resumption, sharding" in done.stdout
     report = json.loads(file.read_text())
     assert report["verdict"] == "agree"
     verdicts = {rung["name"]: rung["verdict"] for rung in report["rungs"]}

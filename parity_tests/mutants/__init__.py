@@ -18,6 +18,7 @@ from parity_tests.mutants import (
     precision,
     sampling,
     training,
+    unforeseen,
     weights,
 )
 from parity_tests.mutants.cases import CASES
@@ -26,7 +27,7 @@ from twinformer.parity.mutation import Catalogue
 
 GROUPS = (
     *(norms, activations, attention, masks, positions, weights, models, dropout, precision),
-    *(optimizers, training, decoding, sampling, absent),
+    *(optimizers, training, decoding, sampling, unforeseen, absent),
 )
 CATALOGUE = Catalogue(tuple(MUTANTS), tuple(CONTROLS), CASES, DOES_NOT_APPLY)
 

@@ -191,6 +191,9 @@ _MAKERS: dict[str, Callable[[str], Case]] = {
     # more than 256 positions
     "long-rotary": _plain(_LLAMA, context_length=272, num_layers=1, rotary_dim=4, length=264),
     "long-decoder": _plain(_DECODER, context_length=272, num_layers=1, length=264),
+    # of equal head widths, as PyTorch's kernel wants them
+    "long-window": _plain(_LLAMA, key_dim=6, value_dim=6, window=32, context_length=272, num_layers=1, length=_LENGTH),
+    "long-dropout": _plain(_DECODER | _DROPOUT, context_length=272, num_layers=1, length=_LENGTH),
     # for low precision: enough tokens for steady statistics
     "low-llama": _plain(_LLAMA, context_length=96, length=96),
     "low-gemma": _plain(_GEMMA, context_length=96, length=96),

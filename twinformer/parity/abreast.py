@@ -26,7 +26,7 @@ from twinformer.parity.verdict import Rung
 #: rungs that use nothing of the others' runs, of a large model about half of the time
 APART = (
     *("precision", "stochastic", "nonfinite", "rounding", "decoding", "training", "accumulation", "sampling", "beams"),
-    *("persistence", "resumption"),
+    *("persistence", "resumption", "adapters", "long"),
 )
 #: of a small model these use nothing that takes long either; in the order in which they are begun, the longest first
 _IF_SMALL = ("precision", "stochastic", "nonfinite", "decoding", "calls", "optimizer", "training", "sampling")

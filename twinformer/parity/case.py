@@ -28,7 +28,8 @@ class Case:
     """``inputs`` are the keyword arguments of the model's call, as NumPy arrays.
 
     ``cotangent`` weights the output in the scalar ``sum(output * cotangent)`` whose gradients are compared. ``finite``:
-    weights that are not finite are refused; without it they are what is tested.
+    weights that are not finite are refused; without it they are what is tested. ``training``: the model is called as a
+    trainer calls it, of whose ways some are its own.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     inputs: Arrays
     cotangent: npt.NDArray[np.float64]
     finite: bool = True
+    training: bool = False
 
     def in_dtype(self, dtype: DType) -> Case:
         """The same case with the arithmetic in ``dtype`` and the weights rounded to it."""

@@ -49,8 +49,8 @@ class Plan:
 
     @property
     def cuts(self) -> dict[str, list[int]]:
-        T, step = self.length, min(CHUNK, self.length)
-        return {"one prefill": [T], "chunks": [step] * (T // step), "token by token": [1] * T}
+        T = self.length
+        return {"one prefill": [T], "chunks": _chunks(T), "token by token": [1] * T}
 
     def inputs(self, tokens: Array, real: Array | None, positions: Array | None = None) -> Arrays:
         """Of one call of the model."""
@@ -104,6 +104,14 @@ def plan_for(config: ModelConfig) -> Plan:
         source_real=source_real,
         counting=config.position_counting,
     )
+
+
+def _chunks(length: int) -> list[int]:
+    """Of a few tokens and of half as many by turns: a ring has to make room for each of them."""
+    found: list[int] = []
+    while sum(found) < length:
+        found.append(min(length - sum(found), CHUNK if len(found) % 2 == 0 else CHUNK // 2))
+    return found
 
 
 def decode(make: Callable[[bool], Decoder], plan: Plan) -> Decoded:

@@ -20,11 +20,13 @@ from twinformer.parity.case import Case
 from twinformer.parity.compare import widened
 from twinformer.parity.twins import Run, TorchTwin, Twin, in_pytorch_layout
 
-Mode = Literal["torch.compile", "remat", "scan", "eager", "unwatched"]
+Mode = Literal["torch.compile", "remat", "scan", "scan of remat", "eager", "unwatched"]
+# with these a block has to drop what it drops otherwise
+WITH_DROPOUT: tuple[Mode, ...] = ("remat", "scan", "scan of remat")
 MODES: dict[str, tuple[Mode, ...]] = {
     "torch_impl": ("torch.compile", "remat"),
     # to watch a module pins what it returns, which XLA may otherwise compute twice, rounded differently
-    "flax_impl": ("unwatched", "eager", "remat", "scan"),
+    "flax_impl": ("unwatched", "eager", "remat", "scan", "scan of remat"),
 }
 
 
@@ -63,8 +65,8 @@ def _run_flax(twin: Any, case: Case, mode: Mode) -> Run:
     model = twin._model(case)
     graphdef: Any
     graphdef, state = nnx.split(model)
-    if mode in ("remat", "scan"):
-        config = case.config.replace(remat=mode == "remat", scan_layers=mode == "scan")
+    if mode in WITH_DROPOUT:
+        config = case.config.replace(remat="remat" in mode, scan_layers="scan" in mode)
         graphdef = nnx.split(flax_impl.build(config, seed=None))[0]
     inputs = {name: jnp.asarray(value) for name, value in case.inputs.items()}
     cotangent = jnp.asarray(case.cotangent)

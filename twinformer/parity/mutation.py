@@ -343,7 +343,7 @@ def _key(case: Case) -> tuple[Any, ...]:
     for arrays in (case.tensors, case.inputs):
         for name, array in arrays.items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return (case.config, digest.digest())
+    return (case.config, case.training, digest.digest())
 
 
 def _told(error: Exception) -> str:

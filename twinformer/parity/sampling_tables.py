@@ -65,6 +65,16 @@ TABLES = (
 # rows from which nothing can be chosen, but the last
 HOPELESS = np.stack([np.full(V, _HIDDEN), np.where(np.arange(V) == 3, np.nan, 1.0), _only([0])] * 2 + [np.zeros(V)] * 2)
 
+# more tokens than a search for the likeliest few looks: rows of which few are enough beside rows that need nearly all
+WIDE_V = 1500
+WIDE = _RANDOM.standard_normal((5, WIDE_V)) * np.array([0.01, 30, 0.3, 3, 0.01])[:, None]
+WIDE_CHAINS = (
+    ("TopP", SamplingConfig(top_p=0.9)),
+    ("TopK", SamplingConfig(top_k=1100)),
+    ("MinP", SamplingConfig(min_p=0.5)),
+    ("processors", SamplingConfig(temperature=3.0, top_k=1400, top_p=0.95)),
+)
+
 # boundaries: k sixteenths exactly, and one step of 2^-24 before; both ends
 UNIFORMS = np.array(
     [k / 16 for k in range(16)] + [k / 16 - 2.0**-24 for k in range(1, 17)] + [0.3, 0.7, 1 / 3], np.float32

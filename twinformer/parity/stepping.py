@@ -20,22 +20,28 @@ Leaves = dict[str, FloatArray]
 
 
 def steps(
-    name: str, config: OptimizerConfig, parameters: Leaves, gradients: Sequence[Leaves], rates: Sequence[float]
+    name: str,
+    config: OptimizerConfig,
+    parameters: Leaves,
+    gradients: Sequence[Leaves],
+    rates: Sequence[float],
+    dtype: str = "float64",
 ) -> list[Leaves]:
-    """The parameters before the first and after each step, in float64. ``name`` is that of the twin's package."""
+    """The parameters before the first and after each step in ``dtype``. ``name`` is that of the twin's package."""
     run = {"torch_impl": _torch_steps, "flax_impl": _flax_steps}[name]
-    return run(config, parameters, gradients, rates)
+    given = {path: np.array(leaf, dtype) for path, leaf in parameters.items()}
+    return run(config, given, [{path: np.array(g, dtype) for path, g in leaves.items()} for leaves in gradients], rates)
 
 
 def _torch_steps(
     config: OptimizerConfig, parameters: Leaves, gradients: Sequence[Leaves], rates: Sequence[float]
 ) -> list[Leaves]:
     optimizer = torch_impl.Optimizer(config)
-    held = {path: torch.from_numpy(np.array(leaf, np.float64)) for path, leaf in parameters.items()}
+    held = {path: torch.from_numpy(leaf) for path, leaf in parameters.items()}
     state = optimizer.init(held)
     seen = [{path: leaf.numpy().copy() for path, leaf in held.items()}]
     for leaves, rate in zip(gradients, rates, strict=True):
-        now = {path: torch.from_numpy(np.array(leaf)) for path, leaf in leaves.items()}
+        now = {path: torch.from_numpy(leaf) for path, leaf in leaves.items()}
         held, state = optimizer.update(held, now, state, rate)
         seen.append({path: leaf.detach().numpy().copy() for path, leaf in held.items()})
     return seen
@@ -46,7 +52,7 @@ def _flax_steps(
 ) -> list[Leaves]:
     with jax.enable_x64(True), hurried(parameters):
         optimizer = flax_impl.Optimizer(config)
-        held: Any = {path: jnp.asarray(leaf, jnp.float64) for path, leaf in parameters.items()}
+        held: Any = {path: jnp.asarray(leaf) for path, leaf in parameters.items()}
         state: Any = optimizer.init(held)
         update = jax.jit(optimizer.update, compiler_options=little_care(parameters))
         seen = [{path: np.array(leaf) for path, leaf in held.items()}]

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from twinformer.data.batch import Batch
-from twinformer.learning import Evaluation, Trainer, TrainingConfig
+from twinformer.initializers import stream
+from twinformer.learning import Evaluation, LoraConfig, Trainer, TrainingConfig
 from twinformer.parity.case import Case
 from twinformer.parity.compare import FloatArray, widened
 from twinformer.parity.philox import fold, random_key
@@ -99,15 +100,24 @@ def _parameters(exported: Mapping[str, npt.NDArray[Any]]) -> Leaves:
 
 
 def train_by_hand(twin: Twin, case: Case, training: TrainingConfig, lessons: Sequence[Sequence[Batch]]) -> Trained:
-    """The same run, put together from ``twin``'s model and AdamW in NumPy, in float64."""
+    """The same run, put together from ``twin``'s model and AdamW in NumPy, in float64.
+
+    With adapters they are what is stepped: the model has their product added to its weights.
+    """
     case = case.in_dtype("float64")
-    w = {path: widened(tensor) for path, tensor in case.tensors.items()}
+    whole = {path: widened(tensor) for path, tensor in case.tensors.items()}
+    lora = training.lora
+    w = whole if lora is None else first_adapters(whole, lora, training.seed)
     m, v = ({path: np.zeros_like(leaf) for path, leaf in w.items()} for _ in range(2))
     ema = {path: leaf.copy() for path, leaf in w.items()}
     config, decay = training.optimizer, training.optimizer.ema_decay or 0.0
     steps = []
     for s, batches in enumerate(lessons):
-        loss, norm, count, g = mean_gradients(twin, dataclasses.replace(case, tensors=dict(w)), training, batches, s)
+        tensors = dict(w) if lora is None else merged(whole, w, lora)
+        loss, norm, count, g = mean_gradients(twin, dataclasses.replace(case, tensors=tensors), training, batches, s)
+        if lora is not None:
+            g = _to_adapters(g, w, lora)
+            norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in g.values()))
         if config.clip_norm is not None and norm > config.clip_norm:
             g = {path: leaf * (config.clip_norm / norm) for path, leaf in g.items()}
         rate = training.schedule.learning_rate(s)
@@ -125,9 +135,42 @@ def train_by_hand(twin: Twin, case: Case, training: TrainingConfig, lessons: Seq
     kept |= {f"optimizer/exp_avg_sq/{path}": leaf for path, leaf in v.items()}
     kept |= {f"optimizer/ema/{path}": leaf for path, leaf in ema.items()}
     kept["optimizer/step"] = np.array(float(len(lessons)))
+    final = ema if lora is None else merged(whole, ema, lora)
     return Trained(
-        tuple(steps), kept, ema, _evaluated(twin, dataclasses.replace(case, tensors=dict(ema)), lessons[0][0])
+        tuple(steps), kept, final, _evaluated(twin, dataclasses.replace(case, tensors=dict(final)), lessons[0][0])
     )
+
+
+def first_adapters(weights: Leaves, lora: LoraConfig, seed: int) -> Leaves:
+    """A drawn from the stream of its path, with deviation 1 / sqrt(in), in float32; B zero."""
+    found: Leaves = {}
+    for path, W in weights.items():
+        if lora.adapts(path):
+            owner = path.removesuffix(".weight")
+            A = stream(seed, f"{owner}.lora_a").standard_normal((lora.rank, W.shape[1])) / math.sqrt(W.shape[1])
+            found[f"{owner}.lora_a"] = A.astype(np.float32).astype(np.float64)
+            found[f"{owner}.lora_b"] = np.zeros((W.shape[0], lora.rank))
+    return found
+
+
+def merged(weights: Leaves, adapters: Leaves, lora: LoraConfig) -> Leaves:
+    """``W + alpha / rank · B A``."""
+    found = dict(weights)
+    for owner in (path.removesuffix(".lora_a") for path in adapters if path.endswith(".lora_a")):
+        product = adapters[f"{owner}.lora_b"] @ adapters[f"{owner}.lora_a"]
+        found[f"{owner}.weight"] = weights[f"{owner}.weight"] + lora.alpha / lora.rank * product
+    return found
+
+
+def _to_adapters(gradients: Leaves, adapters: Leaves, lora: LoraConfig) -> Leaves:
+    """``dA = alpha / rank · Bᵀ dW``, ``dB = alpha / rank · dW Aᵀ``."""
+    found: Leaves = {}
+    for path in adapters:
+        owner, _, leaf = path.rpartition(".")
+        dW = lora.alpha / lora.rank * gradients[f"{owner}.weight"]
+        a, b = adapters[f"{owner}.lora_a"], adapters[f"{owner}.lora_b"]
+        found[path] = b.T @ dW if leaf == "lora_a" else dW @ a.T
+    return found
 
 
 def mean_gradients(
@@ -139,7 +182,7 @@ def mean_gradients(
         key = fold(fold(random_key(training.seed), s), place)
         inputs = batch.inputs | ({"rng": np.array(key, np.int64)} if training.dropout else {})
         asked = dataclasses.replace(case, inputs=inputs)
-        logits = twin.run(asked, detail="blocks").output
+        logits = _possible(twin.run(asked, detail="blocks").output, batch)
         loss, slope = cross_entropy(logits, batch, training.smoothing, training.z_loss)
         total, count = total + loss, count + batch.count
         if batch.count:
@@ -152,6 +195,11 @@ def mean_gradients(
     return total / count, norm, float(count), means
 
 
+def _possible(logits: FloatArray, batch: Batch) -> FloatArray:
+    """With -inf for tokens that are not allowed."""
+    return logits if batch.allowed is None else np.where(batch.allowed, logits, -np.inf)
+
+
 def cross_entropy(logits: FloatArray, batch: Batch, smoothing: float, z_loss: float) -> tuple[float, FloatArray]:
     """The sum over the places that count, and its gradient with respect to the logits."""
     V = logits.shape[-1]
@@ -160,7 +208,9 @@ def cross_entropy(logits: FloatArray, batch: Batch, smoothing: float, z_loss: fl
     log_sum = peak + np.log(np.exp(logits - peak).sum(-1, keepdims=True))
     targets = np.where(real, batch.targets, 0)[..., None]
     losses = (1 - smoothing) * (log_sum - np.take_along_axis(logits, targets, -1))
-    losses = losses + smoothing * (log_sum - logits.mean(-1, keepdims=True)) + z_loss * log_sum**2
+    if smoothing:  # not 0 times the mean: a logit may be -inf
+        losses = losses + smoothing * (log_sum - logits.mean(-1, keepdims=True))
+    losses = losses + z_loss * log_sum**2
     wanted = np.full_like(logits, smoothing / V)
     np.put_along_axis(wanted, targets, np.take_along_axis(wanted, targets, -1) + 1 - smoothing, -1)
     slope = np.exp(logits - log_sum) * (1 + 2 * z_loss * log_sum) - wanted
@@ -168,6 +218,6 @@ def cross_entropy(logits: FloatArray, batch: Batch, smoothing: float, z_loss: fl
 
 
 def _evaluated(twin: Twin, case: Case, batch: Batch) -> Evaluation:
-    logits = twin.run(dataclasses.replace(case, inputs=batch.inputs), detail="blocks").output
+    logits = _possible(twin.run(dataclasses.replace(case, inputs=batch.inputs), detail="blocks").output, batch)
     total, _ = cross_entropy(logits, batch, 0.0, 0.0)
     return Evaluation(total, batch.count, int((logits.argmax(-1) == batch.targets)[batch.real].sum()))

@@ -18,7 +18,6 @@ from typing import Any, Literal, Protocol
 import flax
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -36,6 +35,7 @@ from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
 from twinformer.parity.decoders import Decoder, FlaxDecoder, TorchDecoder
 from twinformer.parity.haste import hurried, little_care
+from twinformer.parity.tensors import from_torch, to_torch
 from twinformer.parity.training_runs import Trained, fresh, train
 from twinformer.parity.writers import Chooser, FlaxChooser, FlaxWriter, TorchChooser, TorchWriter, Writer
 
@@ -122,8 +122,13 @@ class Twin(Protocol):
     def plain(self, case: Case) -> FloatArray:
         """The output of a call as a user makes it: unwatched, and compiled where users compile."""
 
-    def drop(self, rate: float, shape: tuple[int, ...], seed: int) -> FloatArray:
-        """What this twin's dropout makes of ones, in float64: 0 where it drops, its factor elsewhere."""
+    def drop(self, rate: float, values: npt.NDArray[Any], seed: int) -> FloatArray:
+        """What this twin's dropout makes of values, in the dtype that they have."""
+
+    def loss(
+        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float
+    ) -> tuple[FloatArray, FloatArray]:
+        """The sum of its cross-entropy and the sum's gradient, of logits in the dtype that they have."""
 
     def save(self, case: Case, directory: Path) -> None:
         """Write the case's model as a model directory with the twin's own means."""
@@ -175,7 +180,7 @@ class TorchTwin:
         return model
 
     def leaves(self, case: Case) -> dict[str, npt.NDArray[Any]]:
-        return {path: _from_torch(leaf) for path, leaf in self._model(case).state_dict().items()}
+        return {path: from_torch(leaf) for path, leaf in self._model(case).state_dict().items()}
 
     def exported(self, case: Case) -> dict[str, npt.NDArray[Any]]:
         return torch_impl.export_weights(self._model(case))
@@ -194,14 +199,14 @@ class TorchTwin:
                         seen.retain_grad()
             if gradients:
                 (output.to(torch.float64) * torch.from_numpy(case.cotangent)).sum().backward()
-        run = Run(widened(_from_torch(output)), {name: widened(_from_torch(seen)) for name, seen in calls.items()})
+        run = Run(widened(from_torch(output)), {name: widened(from_torch(seen)) for name, seen in calls.items()})
         if gradients:
             for path, parameter in model.named_parameters():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                run.gradients[path] = widened(_from_torch(gradient))
+                run.gradients[path] = widened(from_torch(gradient))
         if gradients and detail == "modules":
             run.module_gradients = {
-                name: widened(_from_torch(seen.grad)) for name, seen in calls.items() if seen.grad is not None
+                name: widened(from_torch(seen.grad)) for name, seen in calls.items() if seen.grad is not None
             }
         return run
 
@@ -240,8 +245,8 @@ class TorchTwin:
                 kind,
                 arguments,
                 options,
-                widened(_from_torch(seen)),
-                widened(_from_torch(torch.zeros_like(seen) if seen.grad is None else seen.grad)),
+                widened(from_torch(seen)),
+                widened(from_torch(torch.zeros_like(seen) if seen.grad is None else seen.grad)),
             )
             for name, (path, kind, arguments, options, seen) in kept.items()
         ]
@@ -255,12 +260,12 @@ class TorchTwin:
 
     def _replay(self, module: torch.nn.Module, call: Call, gradients: bool) -> Replay:
         given, structure = _flattened(call)
-        made = [_to_torch(part) if isinstance(part, np.ndarray) else part for part in given]
+        made = [to_torch(part) if isinstance(part, np.ndarray) else part for part in given]
         floats = {str(place): part.requires_grad_() for place, part in enumerate(made) if _is_float_tensor(part)}
         arguments, options = jax.tree.unflatten(structure, made)
         output = module(*arguments, **options)
         if not gradients:
-            return Replay(widened(_from_torch(output)), {}, {}, dtype_name(output))
+            return Replay(widened(from_torch(output)), {}, {}, dtype_name(output))
         parameters = dict(module.named_parameters())
         pulled = torch.autograd.grad(
             output,
@@ -269,9 +274,9 @@ class TorchTwin:
             allow_unused=True,
             materialize_grads=True,
         )
-        found = [widened(_from_torch(gradient)) for gradient in pulled]
+        found = [widened(from_torch(gradient)) for gradient in pulled]
         return Replay(
-            widened(_from_torch(output)),
+            widened(from_torch(output)),
             dict(zip(floats, found[: len(floats)], strict=True)),
             dict(zip(parameters, found[len(floats) :], strict=True)),
             dtype_name(output),
@@ -280,11 +285,19 @@ class TorchTwin:
     def plain(self, case: Case) -> FloatArray:
         inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
         with torch.no_grad():
-            return widened(_from_torch(self._model(case)(**inputs)))
+            return widened(from_torch(self._model(case)(**inputs)))
 
-    def drop(self, rate: float, shape: tuple[int, ...], seed: int) -> FloatArray:
-        ones = torch.ones(shape, dtype=torch.float64)
-        return widened(_from_torch(torch_impl.Dropout(rate)(ones, torch_impl.random_key(seed))))
+    def drop(self, rate: float, values: npt.NDArray[Any], seed: int) -> FloatArray:
+        return widened(from_torch(torch_impl.Dropout(rate)(to_torch(values), torch_impl.random_key(seed))))
+
+    def loss(
+        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float
+    ) -> tuple[FloatArray, FloatArray]:
+        X = to_torch(logits).requires_grad_()
+        targets, real = to_torch(batch.targets), to_torch(batch.real)
+        total, _ = torch_impl.cross_entropy(X, targets, real=real, smoothing=smoothing, z_loss=z_loss)
+        (slope,) = torch.autograd.grad(total, X)
+        return widened(from_torch(total)), widened(from_torch(slope))
 
     def save(self, case: Case, directory: Path) -> None:
         torch_impl.save(self._model(case, as_configured=True), directory)
@@ -332,7 +345,7 @@ class FlaxTwin:
     name = "flax_impl"
 
     def __init__(self) -> None:
-        self._programs: dict[tuple[Any, Detail], tuple[Any, Any]] = {}
+        self._programs: dict[tuple[Any, Detail, bool], tuple[Any, Any]] = {}
 
     @property
     def on_cpu(self) -> bool:
@@ -367,7 +380,7 @@ class FlaxTwin:
         cotangent = jnp.asarray(case.cotangent, wide)
         # rung 3 is about what users get; in float64 nobody looks at more than the values
         options = little_care(case.tensors) if case.config.compute_dtype == "float64" else {}
-        forward, differentiated = self._program(graphdef, detail, options)
+        forward, differentiated = self._program(graphdef, detail, options, case.training)
         if not gradients:
             output, calls = forward(state, inputs, cotangent)
             return Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
@@ -385,27 +398,30 @@ class FlaxTwin:
         run.module_gradients = {name: widened(np.asarray(leaf)) for name, leaf in of_modules.items()}
         return run
 
-    def _program(self, graphdef: Any, detail: Detail, options: dict[str, bool | int]) -> tuple[Any, Any]:
+    def _program(
+        self, graphdef: Any, detail: Detail, options: dict[str, bool | int], training: bool
+    ) -> tuple[Any, Any]:
         """The compiled forward pass and the compiled gradients, kept for other weights and inputs of the same shapes.
 
         Kept in this object, not for the process: a program outlives the code that it was traced from.
         """
-        if (graphdef, detail) not in self._programs:
+        which = (graphdef, detail, training)
+        if which not in self._programs:
 
             def scalar(state: Any, probes: Any, inputs: Any, cotangent: Any) -> tuple[Any, Any]:
                 model = nnx.merge(graphdef, state)
                 calls: dict[str, Any] = {}
-                with _flax_watch(model, calls, probes, detail):
+                with _flax_watch(model, calls, probes, detail), _as_called(training):
                     output = model(**inputs)
                 return (output.astype(cotangent.dtype) * cotangent).sum(), (output, calls)
 
-            self._programs[graphdef, detail] = (
+            self._programs[which] = (
                 jax.jit(
                     lambda state, inputs, cotangent: scalar(state, {}, inputs, cotangent)[1], compiler_options=options
                 ),
                 jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), compiler_options=options),
             )
-        return self._programs[graphdef, detail]
+        return self._programs[which]
 
     def record(self, case: Case, *, gradients: bool = True) -> list[Call]:
         raise NotImplementedError("calls are recorded in PyTorch, where they are made one by one")
@@ -415,9 +431,9 @@ class FlaxTwin:
     ) -> list[Replay]:
         with _x64(case), jax.default_matmul_precision("highest"), jax.disable_jit(not compiled):
             model = self._model(case)
-            return [self._replay(_submodule(model, call.path), call, gradients) for call in calls]
+            return [self._replay(_submodule(model, call.path), call, gradients, case.training) for call in calls]
 
-    def _replay(self, module: nnx.Module, call: Call, gradients: bool) -> Replay:
+    def _replay(self, module: nnx.Module, call: Call, gradients: bool, training: bool) -> Replay:
         graphdef, state = nnx.split(module)
         given, structure = _flattened(call)
         floats, others, constants = {}, {}, []
@@ -428,7 +444,7 @@ class FlaxTwin:
                 floats[str(place)] = jnp.asarray(part)
             else:
                 others[str(place)] = jnp.asarray(part)
-        static = (graphdef, structure, tuple(constants))
+        static = (graphdef, structure, tuple(constants), training)
         if not gradients:
             output = _called(*static, state, floats, others)
             return Replay(widened(np.asarray(output)), {}, {}, dtype_name(output))
@@ -445,10 +461,18 @@ class FlaxTwin:
             model: Any = self._model(case)
             return widened(np.asarray(flax_impl.compiled(model)(**case.inputs)))
 
-    def drop(self, rate: float, shape: tuple[int, ...], seed: int) -> FloatArray:
+    def drop(self, rate: float, values: npt.NDArray[Any], seed: int) -> FloatArray:
         with jax.enable_x64(True):
-            ones = jnp.ones(shape, jnp.float64)
-            return widened(np.asarray(flax_impl.Dropout(rate)(ones, flax_impl.random_key(seed))))
+            return widened(np.asarray(flax_impl.Dropout(rate)(jnp.asarray(values), flax_impl.random_key(seed))))
+
+    def loss(
+        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float
+    ) -> tuple[FloatArray, FloatArray]:
+        def total(X: Any) -> Any:
+            return flax_impl.cross_entropy(X, batch.targets, real=batch.real, smoothing=smoothing, z_loss=z_loss)[0]
+
+        value, slope = jax.jit(jax.value_and_grad(total))(jnp.asarray(logits))
+        return widened(np.asarray(value)), widened(np.asarray(slope))
 
     def save(self, case: Case, directory: Path) -> None:
         with _x64(case):
@@ -525,30 +549,43 @@ def _flattened(call: Call) -> tuple[list[Any], Any]:
 
 def _numpied(value: Any) -> Any:
     """Arguments with copies in NumPy in the place of tensors."""
-    return jax.tree.map(lambda part: np.array(_from_torch(part)) if isinstance(part, torch.Tensor) else part, value)
+    return jax.tree.map(lambda part: np.array(from_torch(part)) if isinstance(part, torch.Tensor) else part, value)
 
 
 def _is_float_tensor(part: Any) -> bool:
     return isinstance(part, torch.Tensor) and part.is_floating_point()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _called(graphdef: Any, structure: Any, constants: Any, state: Any, floats: Any, others: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _called(graphdef: Any, structure: Any, constants: Any, training: bool, state: Any, floats: Any, others: Any) -> Any:
     """A module's output; modules of one definition and shape compile once."""
     parts = dict(constants) | {int(place): part for place, part in (floats | others).items()}
     arguments, options = jax.tree.unflatten(structure, [parts[place] for place in sorted(parts)])
-    return nnx.merge(graphdef, state)(*arguments, **options)
+    with _as_called(training):
+        return nnx.merge(graphdef, state)(*arguments, **options)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _pulled_back(
-    graphdef: Any, structure: Any, constants: Any, state: Any, floats: Any, others: Any, cotangent: Any
+    graphdef: Any,
+    structure: Any,
+    constants: Any,
+    training: bool,
+    state: Any,
+    floats: Any,
+    others: Any,
+    cotangent: Any,
 ) -> Any:
     """A module's output and the cotangent pulled back."""
     output, pull = jax.vjp(
-        lambda state, floats: _called(graphdef, structure, constants, state, floats, others), state, floats
+        lambda state, floats: _called(graphdef, structure, constants, training, state, floats, others), state, floats
     )
     return output, pull(cotangent.astype(output.dtype))
+
+
+def _as_called(training: bool) -> contextlib.AbstractContextManager[None]:
+    """Around what is traced: as a trainer calls it, or as everybody does."""
+    return flax_impl.linear.first_gradients() if training else contextlib.nullcontext()
 
 
 def forget_compiled() -> None:
@@ -569,20 +606,6 @@ def _submodule(model: nnx.Module, path: str) -> Any:
 
 def _named_leaves(state: Any) -> Arrays:
     return {".".join(str(part) for part in path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
-
-
-def _from_torch(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def _to_torch(array: npt.NDArray[Any]) -> torch.Tensor:
-    copy = np.array(array)
-    if copy.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(copy)
 
 
 def _nth(calls: dict[str, Any], path: str) -> str:

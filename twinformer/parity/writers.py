@@ -18,7 +18,7 @@ import torch_impl.beam
 import torch_impl.generation
 import torch_impl.sampling
 from twinformer.decoding import Beams, Generated, SamplingConfig
-from twinformer.parity.compare import FloatArray
+from twinformer.parity.tensors import from_torch, to_torch
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
@@ -27,13 +27,13 @@ Ids = npt.NDArray[np.int64]
 class Chooser(Protocol):
     """From logits ``[B, V]`` to tokens."""
 
-    def processed(self, configs: Sequence[SamplingConfig], logits: FloatArray, seen: Array) -> list[Array]:
-        """What the processors of each config make of logits."""
+    def processed(self, configs: Sequence[SamplingConfig], logits: Array, seen: Array) -> list[Array]:
+        """What the processors of each config make of logits, which are given in the dtype that they have."""
 
-    def greedy(self, logits: FloatArray) -> Ids:
+    def greedy(self, logits: Array) -> Ids:
         """The first token of each row."""
 
-    def draw(self, logits: FloatArray, uniforms: Array) -> Ids:
+    def draw(self, logits: Array, uniforms: Array) -> Ids:
         """The token that each number leads to."""
 
     def uniforms(self, seed: int, rows: Array, step: int) -> Array:
@@ -57,21 +57,20 @@ class Writer(Protocol):
 
 
 class TorchChooser:
-    def processed(self, configs: Sequence[SamplingConfig], logits: FloatArray, seen: Array) -> list[Array]:
+    def processed(self, configs: Sequence[SamplingConfig], logits: Array, seen: Array) -> list[Array]:
         found = []
         for config in configs:
-            x, marks = torch.from_numpy(logits.copy()), torch.from_numpy(np.array(seen))
+            x, marks = to_torch(logits), to_torch(seen)
             for process in torch_impl.sampling.processors(config):
                 x = process(x, marks)
-            found.append(x.numpy())
+            found.append(from_torch(x))
         return found
 
-    def greedy(self, logits: FloatArray) -> Ids:
-        return torch_impl.sampling.greedy(torch.from_numpy(logits.copy())).numpy().astype(np.int64)
+    def greedy(self, logits: Array) -> Ids:
+        return torch_impl.sampling.greedy(to_torch(logits)).numpy().astype(np.int64)
 
-    def draw(self, logits: FloatArray, uniforms: Array) -> Ids:
-        chosen = torch_impl.sampling.draw(torch.from_numpy(logits.copy()), torch.from_numpy(uniforms.copy()))
-        return chosen.numpy().astype(np.int64)
+    def draw(self, logits: Array, uniforms: Array) -> Ids:
+        return torch_impl.sampling.draw(to_torch(logits), to_torch(uniforms)).numpy().astype(np.int64)
 
     def uniforms(self, seed: int, rows: Array, step: int) -> Array:
         keys = torch_impl.sampling.sequence_keys(seed, torch.from_numpy(np.array(rows)))
@@ -84,7 +83,7 @@ class FlaxChooser:
     def __init__(self) -> None:
         self._greedy, self._draw = jax.jit(flax_impl.sampling.greedy), jax.jit(flax_impl.sampling.draw)
 
-    def processed(self, configs: Sequence[SamplingConfig], logits: FloatArray, seen: Array) -> list[Array]:
+    def processed(self, configs: Sequence[SamplingConfig], logits: Array, seen: Array) -> list[Array]:
         def every(logits: Any, seen: Any) -> list[Any]:
             found = []
             for config in configs:
@@ -96,10 +95,10 @@ class FlaxChooser:
 
         return [np.asarray(x) for x in jax.jit(every)(logits, seen)]
 
-    def greedy(self, logits: FloatArray) -> Ids:
+    def greedy(self, logits: Array) -> Ids:
         return np.asarray(self._greedy(logits)).astype(np.int64)
 
-    def draw(self, logits: FloatArray, uniforms: Array) -> Ids:
+    def draw(self, logits: Array, uniforms: Array) -> Ids:
         return np.asarray(self._draw(logits, uniforms)).astype(np.int64)
 
     def uniforms(self, seed: int, rows: Array, step: int) -> Array:

@@ -105,7 +105,9 @@ def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
     early, last = {*drawn[0, :3].tolist(), *drawn[1, :5].tolist()}, drawn[3].tolist()
     able = [token for token in drawn[2, 3:].tolist() if token not in early] or drawn[2, -1:].tolist()
     ending = (max(able, key=lambda token: last.index(token) if token in last else len(last)),)
-    sequences = (tuple(map(int, drawn[0, 1:3])), tuple(map(int, drawn[1, 2:5])))
+    # the last of these stands across the prompt's end and what is written, where nothing ends
+    across = (int(writing.prompts[3, -1]), int(drawn[3, 0]))
+    sequences = (tuple(map(int, drawn[0, 1:3])), tuple(map(int, drawn[1, 2:5])), across)
     return [
         greedy.ending(StopConfig(tokens=stop)),
         sampled.ending(StopConfig(tokens=ending, sequences=tuple(one for one in sequences if one))),

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import (
     accumulation,
+    adapters,
     beams,
     calls,
     compilation,
     decoding,
     forward,
     gradients,
+    long,
     nonfinite,
     optimizer,
     parameters,
@@ -50,6 +52,7 @@ LADDER = (
     Step(1, "nonfinite", "NaN and infinities: hidden in padding unseen, in sight at the same places", nonfinite.check),
     Step(2, "gradients", "every parameter's and every module output's gradient in float64", gradients.check),
     Step(2, "stochastic", "the same with dropout, under one key; rate, factor and independence", stochastic.check),
+    Step(2, "long", "rows as long as in training, called as a trainer calls", long.check, by_default=False),
     Step(3, "rounding", "each module by itself, in float32 and bfloat16", rounding.check, by_default=False),
     Step(3, "precision", "float32 and bfloat16 errors against the float64 truth", precision.check),
     Step(
@@ -61,7 +64,8 @@ LADDER = (
     ),
     Step(5, "optimizer", "update vectors over ten steps: warm-up, clipping, decay", optimizer.check),
     Step(6, "training", "the same run, dropout on: loss, gradient norm and every update", training.check),
-    Step(6, "accumulation", "gradients in bfloat16 are summed wide", accumulation.check, by_default=False),
+    Step(6, "adapters", "the same run of low-rank adapters, over allowed tokens", adapters.check, by_default=False),
+    Step(6, "accumulation", "in bfloat16 losses and sums are wide", accumulation.check, by_default=False),
     Step(7, "decoding", "prefill, chunks and single tokens = full forward", decoding.check),
     Step(8, "sampling", "what is drawn, on ties and boundaries, and what is written with it", sampling.check),
     Step(8, "beams", "beam search; greedy texts, streams and scores", beams.check, by_default=False),

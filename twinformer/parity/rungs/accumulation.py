@@ -1,4 +1,4 @@
-"""Rung 6, continued: in bfloat16 the gradients of micro-batches are summed wide, and divided once.
+"""Rung 6, continued: in bfloat16 losses are computed wide, gradients of micro-batches summed wide, and divided once.
 
 Two trainings in bfloat16 differ by rounding, so each twin is held against itself: one step over three micro-batches
 against a step over each of them. The gradients of a micro-batch are the same numbers both times, and what is done with
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 
+from twinformer.data.batch import Batch
+from twinformer.initializers import stream
 from twinformer.learning import OptimizerConfig, ScheduleConfig, TrainingConfig
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, compare, sibling_scales
+from twinformer.parity.compare import Comparison, compare, sibling_scales, widened
 from twinformer.parity.cut import cut
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.lessons import lessons
-from twinformer.parity.training_runs import Leaves, Trained
+from twinformer.parity.training_runs import Leaves, Trained, cross_entropy
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 
@@ -44,11 +47,28 @@ def check(evidence: Evidence) -> Rung:
     comparisons = []
     for twin in evidence.twins:
         evidence.progress(f"{twin.name}: sums of micro-batches in bfloat16")
-        comparisons += of_twin(twin, evidence.case)
-    rung = rung_of(f"{len(comparisons)} sums, moves and averages of each twin by itself", comparisons)
+        comparisons += [*losses(twin), *of_twin(twin, evidence.case)]
+    rung = rung_of(f"{len(comparisons)} losses, sums, moves and averages of each twin by itself", comparisons)
     if rung.verdict == "differ":
         rung.culprits = list(dict.fromkeys(one.name.partition(" of ")[0] for one in comparisons if not one.agrees))
     return rung
+
+
+def losses(twin: Twin) -> list[Comparison]:
+    """Of logits in low precision the loss is that of the same logits widened; its gradient is rounded once."""
+    rng = stream(0, "accumulation/losses")
+    shape = (2, 5, 61)
+    batch = Batch({}, rng.integers(0, shape[-1], shape[:2]), rng.random(shape[:2]) < 0.8)
+    found = []
+    for dtype, rounding in (("float32", 2.0**-23), ("bfloat16", 2.0**-8)):
+        logits = (rng.standard_normal(shape) * 6).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        for smoothing, z_loss in ((0.0, 0.0), (0.1, 1e-3)):
+            label = f"({dtype}, smoothing={smoothing:g}, z_loss={z_loss:g}, {twin.name})"
+            total, slope = twin.loss(logits, batch, smoothing, z_loss)
+            expected, by_hand = cross_entropy(widened(logits), batch, smoothing, z_loss)
+            found.append(compare(f"loss of logits {label}", total, np.array(expected), bound=BOUND))
+            found.append(compare(f"gradient of logits {label}", slope, by_hand, bound=rounding + BOUND))
+    return found
 
 
 def of_twin(twin: Twin, whole: Case) -> list[Comparison]:

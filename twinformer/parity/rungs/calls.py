@@ -8,6 +8,7 @@ default is written down in other lines than what is done with what was given.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,14 @@ _TOKENS = ("tokens", "source", "target")
 
 def check(evidence: Evidence) -> Rung:
     """Compare outputs, blocks and every parameter's gradient for each call in float64."""
-    case = evidence.case.in_dtype("float64")
+    return compared(evidence, calls(evidence.case.in_dtype("float64")))
+
+
+def compared(evidence: Evidence, called: Mapping[str, Case]) -> Rung:
+    """Both twins on each of these cases: outputs, blocks and gradients."""
     comparisons: list[Comparison] = []
     problems: list[str] = []
     culprits: list[str] = []
-    called = calls(case)
     for what, call in called.items():
         other = Evidence(call, evidence.twins, with_gradients=True, progress=evidence.progress)
         ours, theirs = (twin.run(call, gradients=True, detail="blocks") for twin in evidence.twins)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.modes import MODES, cpp_compiler, run_in_mode
+from twinformer.parity.modes import MODES, WITH_DROPOUT, cpp_compiler, run_in_mode
 from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
 from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
 from twinformer.parity.rungs.stochastic import with_dropout
@@ -32,7 +32,7 @@ def check(evidence: Evidence) -> Rung:
             modes += 1
             evidence.progress(f"{twin.name}: {mode}")
             label = f"{twin.name}, {mode}"
-            if mode in ("remat", "scan"):  # with dropout: a block has to drop what it drops otherwise
+            if mode in WITH_DROPOUT:
                 noisy = with_dropout(case)
                 usual, run = twin.run(noisy, gradients=True, detail="blocks"), run_in_mode(twin, noisy, mode)
             else:

@@ -22,7 +22,7 @@ from twinformer.parity.decoders import Decoder
 from twinformer.parity.decoding_culprit import Found, find
 from twinformer.parity.decoding_runs import PADDINGS, POISON, Decoded, Plan, decode, plan_for
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs.forward import BOUND
+from twinformer.parity.rungs.forward import BOUND, blame
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 
@@ -187,8 +187,12 @@ def _blame(rung: Rung, evidence: Evidence, case: Case, plan: Plan) -> None:
             found += find(make(case), plan, own)
     rung.culprits = list(dict.fromkeys(one.culprit for one in found))
     rung.notes += list(dict.fromkeys(one.told for one in found))
-    if not rung.culprits:
-        rung.culprits = ["the cache"]
+    if not names:
+        rung.culprits = ["the cache"]  # its layout is another one
+    elif not rung.culprits and all(name.startswith(f"{evidence.twins[0].name}, ") for name in names):
+        # each twin decodes as it computes: the models differ
+        full = dataclasses.replace(case, inputs=plan.inputs(plan.tokens, plan.real))
+        blame(rung, Evidence(full, evidence.twins, progress=evidence.progress), backward=False, bound=BOUND)
 
 
 def _axes(cells: Sequence[str]) -> str:

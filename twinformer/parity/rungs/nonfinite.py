@@ -66,7 +66,32 @@ def check(evidence: Evidence) -> Rung:
             for path, pair in pairs.items()
             if np.isfinite(pair[0]).any() or np.isfinite(pair[1]).any()
         ]
-    return rung_of(f"{len(comparisons)} tensors with NaN, inf and -inf about", comparisons, problems)
+    overflowing = _overflowing(evidence, case)
+    rung = rung_of(f"{len(comparisons)} tensors with NaN, inf and -inf about", [*comparisons, *overflowing], problems)
+    if all(one.agrees for one in comparisons) and not problems:  # it was called by itself
+        rung.culprits = [one.name.partition(" (")[0] for one in overflowing if not one.agrees]
+    return rung
+
+
+def _overflowing(evidence: Evidence, case: Case) -> list[Comparison]:
+    """What overflows on the way is as if it had come: values of one token, finite before their product.
+
+    The first self-attention is called by itself, with one element of a token so large that with one element of a matrix
+    it has no product; all else of that row of the matrix is 0, so that no order of a sum decides.
+    """
+    recorded = evidence.twins[0].record(case, gradients=False)
+    call = next((one for one in recorded if one.kind == "AttentionLayer" and ".cross_" not in f".{one.path}"), None)
+    if call is None:
+        return []
+    path, X = f"{call.path}.value.weight", call.arguments[0].copy()
+    matrix = np.zeros_like(case.tensors[path])
+    matrix[1:] = case.tensors[path][1:]
+    matrix[0, 0] = 1e300
+    X[0, X.shape[1] // 2, 0] = 1e10
+    given = dataclasses.replace(call, arguments=(X, *call.arguments[1:]))
+    large = dataclasses.replace(case, tensors=case.tensors | {path: matrix})
+    ours, theirs = (twin.replay(large, [given], gradients=False)[0].output for twin in evidence.twins)
+    return [compare(f"{call.path} (values of a token overflow)", ours, theirs, bound=BOUND)]
 
 
 def _poisoned(case: Case, names: Sequence[str]) -> tuple[Case, Case, Case]:

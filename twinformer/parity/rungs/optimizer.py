@@ -7,6 +7,8 @@ from step to step by powers of ten, so that clipping is active in some steps and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from twinformer.initializers import stream
@@ -19,6 +21,8 @@ from twinformer.parity.verdict import Rung, rung_of
 STEPS = 10
 # A parameter of size 1 that moves by a thousandth keeps 13 of 16 digits of its update.
 BOUND = 1e-10
+# of one step in float32 from parameters that are 0, so that the update itself can be read: a few roundings of 6e-8
+LOW_BOUND = 1e-6
 # parameters that are stepped whole; of larger models so many rows
 _MOST, _ROWS = 2_000_000, 64
 # powers of ten by which the gradients are scaled, step by step: the norm ends up on both sides of clip_norm
@@ -26,6 +30,7 @@ _SCALES = (0, 1, -2, -1, 2, -4, 0, -8, 1, 0)
 CONFIGS = {
     "adamw": OptimizerConfig(name="adamw", weight_decay=0.1, ema_decay=0.9),
     "sgd": OptimizerConfig(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.1),
+    "sgd without a look ahead": OptimizerConfig(name="sgd", momentum=0.9, nesterov=False, weight_decay=0.1),
     "adafactor": OptimizerConfig(name="adafactor", weight_decay=0.1),
 }
 SCHEDULE = ScheduleConfig(name="cosine", peak=1e-2, warmup_steps=3, total_steps=STEPS, final_fraction=0.1)
@@ -56,6 +61,7 @@ def check(evidence: Evidence) -> Rung:
                 for path, update in ours.items()
                 if path in theirs
             ]
+        comparisons += [found for twin in evidence.twins for found in _low(twin.name, name, config, gradients, rates)]
     checked = f"{len(CONFIGS)} optimizers, {STEPS} steps, {len(comparisons)} updates"
     rung = rung_of(checked, comparisons, problems)
     if rung.verdict == "differ":
@@ -64,6 +70,19 @@ def check(evidence: Evidence) -> Rung:
     if rows is not None:
         rung.notes.append(f"of {total:,} parameters the first {rows} rows of each matrix were stepped")
     return rung
+
+
+def _low(
+    twin: str, name: str, config: OptimizerConfig, gradients: Sequence[Leaves], rates: Sequence[float]
+) -> list[Comparison]:
+    """The first step in float32 against the same in float64: what is small (1 - beta2ᵗ) is not lost in rounding."""
+    rounded = [{path: leaf.astype(np.float32).astype(np.float64) for path, leaf in gradients[0].items()}]
+    nothing = {path: np.zeros_like(leaf) for path, leaf in gradients[0].items()}
+    low, exact = (steps(twin, config, nothing, rounded, rates[-2:-1], dtype)[1] for dtype in ("float32", "float64"))
+    return [
+        compare(f"update of {path} ({name} in float32, {twin})", leaf.astype(np.float64), exact[path], bound=LOW_BOUND)
+        for path, leaf in low.items()
+    ]
 
 
 def _gradients(leaves: Leaves, step: int) -> Leaves:

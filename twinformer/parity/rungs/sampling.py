@@ -11,16 +11,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import ml_dtypes
 import numpy as np
 
 from twinformer.decoding import SamplingConfig
 from twinformer.parity import philox
 from twinformer.parity import sampling_reference as reference
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, FloatArray, compare
+from twinformer.parity.compare import Comparison, FloatArray, compare, widened
 from twinformer.parity.cut import cut, describe
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.sampling_tables import CHAINS, HOPELESS, ROWS, SEEDS, STEPS, TABLES, UNIFORMS
+from twinformer.parity.sampling_tables import (
+    CHAINS,
+    HOPELESS,
+    ROWS,
+    SEEDS,
+    STEPS,
+    TABLES,
+    UNIFORMS,
+    WIDE,
+    WIDE_CHAINS,
+)
 from twinformer.parity.scenarios import Writing, writing_for
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
@@ -93,7 +104,7 @@ def _first_cause(places: Sequence[str]) -> list[str]:
 def definitions(twin: Twin, case: Case) -> tuple[list[Comparison], Problems]:
     """One twin against the reference: figures, and problems by what they are about."""
     with twin.chooser(case) as chooser:
-        comparisons = list(_processors(twin.name, chooser))
+        comparisons = [*_processors(twin.name, chooser), *_wide_rows(twin.name, chooser), *_low(twin.name, chooser)]
         wrong = {"uniforms": list(_numbers(chooser)), "greedy": list(_greedy(chooser)), "draw": list(_draws(chooser))}
     return comparisons, {place: texts for place, texts in wrong.items() if texts}
 
@@ -107,6 +118,33 @@ def _processors(name: str, chooser: Chooser) -> Iterator[Comparison]:
         expected = np.stack([reference.processed(*row, config) for row in zip(logits, seen, strict=True)])
         label = f"{place} ({_choices(config)}, {name})"
         yield compare(label, got, expected, bound=BOUND, scale=max(1.0, _largest(expected)))
+
+
+def _wide_rows(name: str, chooser: Chooser) -> Iterator[Comparison]:
+    """More tokens than the tables have, of which a row needs few or nearly all."""
+    seen = np.zeros(WIDE.shape, np.bool_)
+    found = chooser.processed([config for _, config in WIDE_CHAINS], WIDE, seen)
+    for (place, config), got in zip(WIDE_CHAINS, found, strict=True):
+        expected = np.stack([reference.processed(*row, config) for row in zip(WIDE, seen, strict=True)])
+        label = f"{place} ({_choices(config)}, {WIDE.shape[1]:,} tokens, {name})"
+        yield compare(label, got, expected, bound=BOUND, scale=_largest(expected))
+
+
+def _low(name: str, chooser: Chooser) -> Iterator[Comparison]:
+    """Logits in bfloat16 are widened first: what is made of them is what is made of the same values in float32."""
+    narrow = np.concatenate([table.logits for table in TABLES]).astype(ml_dtypes.bfloat16)
+    seen = np.concatenate([table.seen for table in TABLES])
+    configs = [(place, config) for place, chain in CHAINS.items() for config in chain]
+    asked = [config for _, config in configs]
+    low, same = (chooser.processed(asked, logits, seen) for logits in (narrow, narrow.astype(np.float32)))
+    for (place, config), got, expected in zip(configs, low, same, strict=True):
+        label = f"{place} ({_choices(config)}, bfloat16, {name})"
+        yield compare(label, widened(got), widened(expected), bound=0.0)
+    for uniform in UNIFORMS[::4]:
+        numbers = np.full(len(narrow), uniform, np.float32)
+        one, other = (chooser.draw(logits, numbers) for logits in (narrow, narrow.astype(np.float32)))
+        label = f"draw (at {float(uniform)!r}, bfloat16, {name})"
+        yield compare(label, one.astype(np.float64), other.astype(np.float64), bound=0.0)
 
 
 def _numbers(chooser: Chooser) -> Iterator[str]:

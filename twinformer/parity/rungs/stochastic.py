@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import ml_dtypes
 import numpy as np
 
+from twinformer.config import ModelConfig
+from twinformer.initializers import stream
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems, sibling_scales
+from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems, sibling_scales, widened
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import forward, gradients
 from twinformer.parity.twins import Twin
@@ -60,6 +63,8 @@ def check(evidence: Evidence) -> Rung:
         forward.blame(rung, noisy, backward=False, bound=forward.BOUND)
     elif not all(found.agrees for found in pulled):
         forward.blame(rung, noisy, backward=True, bound=gradients.BOUND)
+    elif rung.verdict == "differ":
+        rung.culprits = ["dropout"]
     return rung
 
 
@@ -81,31 +86,36 @@ def _gradients(
 
 def with_dropout(case: Case) -> Case:
     """The last tokens of the case with a key, and with dropout everywhere where it has none."""
-    config = case.config
-    if not any((config.dropout, config.attention_dropout, config.hidden_dropout, config.embedding_dropout)):
-        config = config.replace(**_RATES)
-    if config.head in ("sequence", "tokens") and not config.head_dropout:
-        config = config.replace(head_dropout=0.1)
+    config = with_rates(case.config)
     inputs = {name: values[:, -_LENGTH:] for name, values in case.inputs.items()}
     inputs["rng"] = np.array(_KEY, np.int64)
     cotangent = case.cotangent if case.cotangent.ndim == 2 else case.cotangent[:, -_LENGTH:]
     return dataclasses.replace(case, config=config, inputs=inputs, cotangent=cotangent)
 
 
+def with_rates(config: ModelConfig) -> ModelConfig:
+    """With dropout everywhere where it has none."""
+    if not any((config.dropout, config.attention_dropout, config.hidden_dropout, config.embedding_dropout)):
+        config = config.replace(**_RATES)
+    if config.head in ("sequence", "tokens") and not config.head_dropout:
+        config = config.replace(head_dropout=0.1)
+    return config
+
+
 def _long_mask(twins: tuple[Twin, Twin]) -> Comparison:
     """One mask longer than either twin draws in one go, under a seed that needs both words of a key."""
-    one, other = (twin.drop(0.5, (_LONG,), _LONG_SEED) for twin in twins)
+    one, other = (twin.drop(0.5, np.ones(_LONG), _LONG_SEED) for twin in twins)
     return compare(f"one mask of {_LONG:,} elements", one, other, bound=1e-15)
 
 
 def _counts(twin: Twin, rate: float) -> list[Comparison]:
     """Rate, factor and independence of one twin's masks."""
-    masks = [twin.drop(rate, _SHAPE, seed) for seed in _KEY]
+    masks = [twin.drop(rate, np.ones(_SHAPE), seed) for seed in _KEY]
     dropped = [mask == 0 for mask in masks]
     name = f"{twin.name}, dropout {rate}"
     kept = masks[0][~dropped[0]]
     factor = compare(f"{name}: factor", kept, np.full_like(kept, 1 / (1 - rate)), bound=1e-15)
-    found = [factor, _share(f"{name}: share dropped", dropped[0], rate)]
+    found = [factor, _share(f"{name}: share dropped", dropped[0], rate), _low(twin, rate)]
     # where two neighbours along an axis are independent both are dropped in rate² of all places
     for axis, what in enumerate(("batch", "heads", "queries", "keys")):
         pairs = np.moveaxis(dropped[0], axis, 0)
@@ -113,6 +123,15 @@ def _counts(twin: Twin, rate: float) -> list[Comparison]:
         found.append(_share(f"{name}: dropped in neighbours among {what}", pairs[::2] & pairs[1::2], rate**2))
     found.append(_share(f"{name}: dropped under two keys", dropped[0] & dropped[1], rate**2))
     return found
+
+
+def _low(twin: Twin, rate: float) -> Comparison:
+    """Values in bfloat16 are multiplied wide and rounded once: the factor itself has too many digits for them."""
+    values = stream(0, "stochastic/low").uniform(1, 2, 512).astype(ml_dtypes.bfloat16)
+    got = twin.drop(rate, values, _KEY[0])
+    product = values.astype(np.float32) * np.float32(1 / (1 - rate))
+    expected = np.where(got == 0, 0.0, widened(product.astype(ml_dtypes.bfloat16)))
+    return compare(f"{twin.name}, dropout {rate}: values in bfloat16", got, expected, bound=0.0)
 
 
 def _share(name: str, dropped: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], expected: float) -> Comparison:

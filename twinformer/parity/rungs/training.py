@@ -21,11 +21,11 @@ from twinformer.data.batch import Batch
 from twinformer.initializers import initial_weights
 from twinformer.learning import OptimizerConfig, ScheduleConfig, TrainingConfig
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
+from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales, widened
 from twinformer.parity.cut import cut, describe
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.lessons import ACCUMULATION, SHARES, lessons
-from twinformer.parity.training_runs import Leaves, Trained, mean_gradients, train_by_hand
+from twinformer.parity.training_runs import Leaves, Trained, first_adapters, mean_gradients, train_by_hand
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 
@@ -55,7 +55,14 @@ def check(evidence: Evidence) -> Rung:
         return does_not_apply("the model predicts no tokens")
     case, batches = prepared(whole)
     training = _training(evidence.twins[0], case, batches)
-    evidence.progress(f"the judge: {STEPS} steps by hand")
+    rung = judged(evidence, case, training, batches)
+    rung.notes += describe(case.config, whole.config)
+    return rung
+
+
+def judged(evidence: Evidence, case: Case, training: TrainingConfig, batches: Sequence[Sequence[Batch]]) -> Rung:
+    """This run in both twins and by hand."""
+    evidence.progress(f"the judge: {len(batches)} steps by hand")
     by_hand = train_by_hand(evidence.twins[0], case, training, batches)
     for _ in range(2):
         if _kinds(by_hand, training) == {True, False}:
@@ -72,8 +79,9 @@ def check(evidence: Evidence) -> Rung:
         for path, leaf, drawn in _begun(twin, case, training)
     ]
     for twin in evidence.twins:
-        evidence.progress(f"{twin.name}: {STEPS} steps")
-        runs += twin.once("training", case, partial(twin.train, case, training, [batches]))
+        evidence.progress(f"{twin.name}: {len(batches)} steps")
+        what = f"training {training.lora}"
+        runs += twin.once(what, case, partial(twin.train, case, training, [batches]))
     first, second = (twin.name for twin in evidence.twins)
     pairs = {
         f"{first}, {second}": (runs[0], runs[1], first, second),
@@ -88,20 +96,21 @@ def check(evidence: Evidence) -> Rung:
         more = compared(f"{second}, by hand", runs[1], by_hand)
         comparisons += [] if all(one.agrees for one in more) else more
     parted = first_parted(comparisons)
-    rung = rung_of(f"{STEPS} steps, {len(comparisons)} figures", [*comparisons, *begin], problems)
+    rung = rung_of(f"{len(batches)} steps, {len(comparisons)} figures", [*comparisons, *begin], problems)
     if rung.verdict == "agree" and _kinds(by_hand, training) != {True, False}:
         rung.verdict, rung.problems = "cannot tell", ["clipping: expected active and inactive steps, got one kind only"]
     if rung.verdict == "differ":
-        _blame(rung, parted)
+        _blame(rung, parted, len(batches))
         if not all(one.agrees for one in begin):
             rung.culprits.append("initial weights")
-    rung.notes += describe(case.config, whole.config)
     return rung
 
 
 def _begun(twin: Twin, case: Case, training: TrainingConfig) -> Iterator[tuple[str, Any, Any]]:
     """Path, the twin's value and the contract's, of all weights where nobody gives any."""
-    drawn = initial_weights(case.config, training.seed)
+    drawn: Leaves = {path: widened(leaf) for path, leaf in initial_weights(case.config, training.seed).items()}
+    if training.lora is not None:
+        drawn = first_adapters(drawn, training.lora, training.seed)
     for path, leaf in twin.fresh(case, training).items():
         yield path, leaf, drawn.get(path, np.empty(0))
 
@@ -193,7 +202,7 @@ def _when(one: Comparison) -> tuple[int, int]:
     return step, kind
 
 
-def _blame(rung: Rung, parted: Sequence[Comparison]) -> None:
+def _blame(rung: Rung, parted: Sequence[Comparison], steps: int) -> None:
     """Name what parted first, and whose step is not that of the judge."""
     if not parted:
         return
@@ -203,7 +212,7 @@ def _blame(rung: Rung, parted: Sequence[Comparison]) -> None:
     updates = [name for name in total if name.startswith("update of ")]
     rung.culprits = ["every update"] if len(paths) == len(updates) > 1 else paths
     sides = [one.name.rpartition(", ")[0].rpartition(", ")[2] for one in parted if one.name.endswith("by hand)")]
-    where = f"at step {step}" if step < STEPS else "after the last step"
+    where = f"at step {step}" if step < steps else "after the last step"
     rung.notes.append(f"parted first {where}: {parted[0].describe()}")
     if sides:
         rung.notes.append(f"not as the judge has it by hand: {', '.join(dict.fromkeys(sides))}")
