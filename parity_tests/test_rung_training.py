@@ -9,13 +9,13 @@ import torch_impl
 from parity_tests.mutants import MUTANTS
 from twinformer.data.batch import Batch
 from twinformer.parity import judge, random_case
-from twinformer.parity.compare import compare
+from twinformer.parity.compare import Comparison, compare
 from twinformer.parity.curves import draw
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.html import as_html
 from twinformer.parity.lessons import IGNORED, SHARES, lessons
 from twinformer.parity.philox import fold, philox, random_key
-from twinformer.parity.rungs import accumulation, training
+from twinformer.parity.rungs import accumulation, adapters, training
 from twinformer.parity.training_runs import cross_entropy
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.presets import preset
@@ -274,6 +274,38 @@ def test_narrow_sums_are_found(name, named):
         rung = accumulation.check(torch_twice(small("textbook-decoder")))
     assert rung.verdict == "differ"
     assert named in rung.culprits
+
+
+@pytest.mark.parametrize("twin", ["torch_impl", "flax_impl"])
+def test_a_loss_that_is_not_widened_is_found(twin):
+    faulty, sound = (FlaxTwin(), TorchTwin()) if twin == "flax_impl" else (TorchTwin(), FlaxTwin())
+    with planted("T152", twin):
+        found = {one.name for one in accumulation.losses(faulty) if not one.agrees}
+        assert all(one.agrees for one in accumulation.losses(sound))
+    assert found
+    assert all("bfloat16" in name for name in found)
+
+
+# ---- adapters
+
+
+def test_adapters_are_trained_as_the_judge_has_it():
+    rung = adapters.check(Evidence(small("textbook-decoder"), (TorchTwin(), FlaxTwin())))
+    assert rung.verdict == "agree", rung.problems
+    merged = [one for one in rung.comparisons if isinstance(one, Comparison) and one.name.startswith("saved ")]
+    assert any("query.weight" in one.name for one in merged)
+    case = small("bert", head="none", head_bias=False)
+    assert adapters.check(torch_twice(case)).verdict == "does not apply"
+
+
+@pytest.mark.parametrize(
+    ("name", "culprit"), [("T147", "evaluation: total"), ("T148", "loss"), ("T149", "gradient norm")]
+)
+def test_two_trainers_that_are_wrong_alike_about_adapters_are_found(name, culprit):
+    with planted(name):
+        rung = adapters.check(torch_twice(small("textbook-decoder")))
+    assert rung.verdict == "differ"
+    assert rung.culprits[0] == culprit
 
 
 # ---- the curves

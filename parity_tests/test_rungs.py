@@ -152,7 +152,7 @@ def test_compiled_eager_and_remat_agree():
     with shape_hook_off():
         rung = compilation.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
     assert rung.verdict == "agree", rung.problems
-    assert rung.checked.startswith("6 modes")
+    assert rung.checked.startswith("7 modes")
 
 
 @pytest.mark.parametrize("fault", ["torch_impl, remat", "flax_impl, eager"])
@@ -203,7 +203,7 @@ def test_remat_that_loses_the_key_is_found(monkeypatch):
 def test_the_optimizers_move_alike():
     rung = optimizer.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
     assert rung.verdict == "agree", rung.problems
-    assert rung.checked.startswith("3 optimizers, 10 steps")
+    assert rung.checked.startswith("4 optimizers, 10 steps")
 
 
 @pytest.mark.parametrize("change", [{"eps": 1e-7}, {"beta2": 0.9991}, {"weight_decay": 0.1001}, {"clip_norm": 1.0001}])

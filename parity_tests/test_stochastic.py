@@ -5,7 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from parity_tests.mutants import CASES, MUTANTS
 from twinformer.parity import judge, random_case
+from twinformer.parity.evidence import Evidence
+from twinformer.parity.rungs import long
 from twinformer.parity.rungs.stochastic import _counts, with_dropout
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.presets import preset
@@ -50,12 +53,35 @@ class Drops:
     def __init__(self, mask):
         self.mask = mask
 
-    def drop(self, rate, shape, seed):
-        return self.mask(np.random.default_rng(seed), rate, shape)
+    def drop(self, rate, values, seed):
+        mask = self.mask(np.random.default_rng(seed), rate, values.shape)
+        if values.dtype == np.float64:
+            return values * mask
+        return (values.astype(np.float32) * mask.astype(np.float32)).astype(values.dtype).astype(np.float64)
 
 
 def right(rng, rate, shape):
     return (rng.random(shape) >= rate) / (1 - rate)
+
+
+def test_long_rows_agree_with_and_without_dropout():
+    config = preset("gpt2").replace(num_layers=2, context_length=272, window=100)
+    rung = long.check(Evidence(random_case("long", config, seed=3, batch=2, length=6)))
+    assert rung.verdict == "agree", rung.problems
+    assert rung.checked.startswith("without dropout, with dropout")
+    assert rung.notes == ["a model of 1 of 2 layers and a window of 32 instead of 100 stands for the whole"]
+    short = config.replace(context_length=long.LENGTH - 1)
+    assert long.check(Evidence(random_case("short", short, length=6))).verdict == "does not apply"
+
+
+@pytest.mark.parametrize("name", ["T136", "T137"])
+def test_what_only_training_does_is_looked_at(name):
+    """Flax's attention by pieces, and its dropout, where nothing but the judge's own way to call it leads there."""
+    mutant = next(one for one in MUTANTS if (one.id, one.twin) == (name, "flax_impl"))
+    with mutant.plant():
+        rung = long.check(Evidence(CASES[mutant.case]()))
+    assert rung.verdict == "differ"
+    assert rung.culprits == ["stack.blocks.0.attention"]
 
 
 WRONG = {
@@ -67,6 +93,7 @@ WRONG = {
         shape[2], 2
     ),
     "neighbours among keys": lambda rng, rate, shape: right(rng, rate, (*shape[:3], 1)).repeat(shape[3], 3),
+    "values in bfloat16": lambda rng, rate, shape: right(rng, rate, shape) * (1 + 2.0**-7),
     "under two keys": lambda rng, rate, shape: right(np.random.default_rng(0), rate, shape),
 }
 

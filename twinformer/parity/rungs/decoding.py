@@ -187,12 +187,12 @@ def _blame(rung: Rung, evidence: Evidence, case: Case, plan: Plan) -> None:
             found += find(make(case), plan, own)
     rung.culprits = list(dict.fromkeys(one.culprit for one in found))
     rung.notes += list(dict.fromkeys(one.told for one in found))
-    if not names:
-        rung.culprits = ["the cache"]  # its layout is another one
-    elif not rung.culprits and all(name.startswith(f"{evidence.twins[0].name}, ") for name in names):
+    if names and all(name.startswith(f"{evidence.twins[0].name}, ") for name in names):
         # each twin decodes as it computes: the models differ
         full = dataclasses.replace(case, inputs=plan.inputs(plan.tokens, plan.real))
         blame(rung, Evidence(full, evidence.twins, progress=evidence.progress), backward=False, bound=BOUND)
+    elif not rung.culprits:
+        rung.culprits = ["the cache"]
 
 
 def _axes(cells: Sequence[str]) -> str:
