@@ -1,5 +1,6 @@
 """The judge: agreement where there is agreement, and each rung seen to fail on a fault planted in one twin."""
 
+import contextlib
 import json
 import math
 
@@ -10,7 +11,8 @@ from rich.console import Console
 
 import flax_impl
 import torch_impl
-from twinformer.parity import CannotJudgeError, judge, random_case
+from twinformer.learning import OptimizerConfig
+from twinformer.parity import CannotJudgeError, judge, random_case, stepping, twins
 from twinformer.parity.case import telling_inputs
 from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
@@ -339,3 +341,24 @@ def test_the_watch_sees_every_module_that_has_parameters(case):
     model = torch_impl.build(case.config, seed=None)
     owners = {path.rpartition(".")[0] for path, _ in model.named_parameters()}
     assert owners - set(run.modules) <= {"head"}
+
+
+def test_low_precision_is_compiled_as_users_have_it(case, monkeypatch):
+    """Only float64 programs are compiled with little care."""
+    asked = []
+
+    def told(options):
+        return lambda tensors: asked.append(options) or options
+
+    monkeypatch.setattr(twins, "little_care", told({}))
+    monkeypatch.setattr(twins, "hurried", told(contextlib.nullcontext()))
+    monkeypatch.setattr(stepping, "little_care", told({}))
+    monkeypatch.setattr(stepping, "hurried", told(contextlib.nullcontext()))
+    for dtype in ("float32", "bfloat16"):
+        FlaxTwin().run(case.in_dtype(dtype), detail="blocks")
+    weights = {"a": np.ones(3)}
+    stepping.steps("flax_impl", OptimizerConfig(), weights, [weights], [0.1], "float32")
+    assert not asked
+    FlaxTwin().run(case.in_dtype("float64"), detail="blocks")
+    stepping.steps("flax_impl", OptimizerConfig(), weights, [weights], [0.1], "float64")
+    assert len(asked) == 4

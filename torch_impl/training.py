@@ -271,13 +271,13 @@ class Trainer:
                 self._model._check(**self._native(batch)[0])
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Tensor], backend: str = "inductor") -> Callable[..., Tensor]:
     def run(*args: Any) -> Tensor:
         return function(*args)
 
     # PyTorch keeps and counts programs by code object: this one is the trainer's own
     run = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-    program = torch.compile(run, fullgraph=True)
+    program = torch.compile(run, fullgraph=True, backend=backend)
 
     def call(*args: Any) -> Tensor:
         with torch._dynamo.config.patch(recompile_limit=64):  # with and without masks: 8 is too few

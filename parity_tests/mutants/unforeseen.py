@@ -101,6 +101,23 @@ def one_key_for_all_turns_of_remat(patch: Patch) -> None:
     patch.function("stack", "_scanned", scanned)
 
 
+@mutant("T153", case="dropout", culprits="torch_impl, compiled trainer", rungs=("compilation",), twins=("torch_impl",))
+def compiled_trainer_keeps_its_first_key(patch: Patch) -> None:
+    def wrong(compiled: Any) -> Any:
+        def made(function: Any, **options: Any) -> Any:
+            call, kept = compiled(function, **options), []
+
+            def baked(*args: Any) -> Any:
+                kept.append(args[-1])
+                return call(*args[:-1], kept[0])
+
+            return baked
+
+        return made
+
+    patch.function("training", "_compiled", wrong)
+
+
 @mutant("T141", case="dropout", culprits="dropout", rungs=("stochastic",))
 def factor_of_dropout_rounded(patch: Patch) -> None:
     def change(call: Any, self: Any, X: Any, rng: Any) -> Any:

@@ -3,9 +3,11 @@ and blocks in a loop."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,8 +18,12 @@ from flax import nnx
 
 import flax_impl
 import torch_impl
+import torch_impl.training
+from twinformer.data.batch import Batch
+from twinformer.learning import TrainingConfig
 from twinformer.parity.case import Case
 from twinformer.parity.compare import widened
+from twinformer.parity.training_runs import Trained, train
 from twinformer.parity.twins import Run, TorchTwin, Twin, in_pytorch_layout
 
 Mode = Literal["torch.compile", "remat", "scan", "scan of remat", "eager", "unwatched"]
@@ -38,6 +44,18 @@ def run_in_mode(twin: Twin, case: Case, mode: Mode) -> Run:
         return _run_flax(twin, case, mode)
 
 
+def train_compiled(case: Case, training: TrainingConfig, lessons: Sequence[Sequence[Batch]]) -> Trained:
+    """PyTorch's trainer with its loss and gradients under ``torch.compile``; Flax's is compiled always.
+
+    Traced and differentiated ahead of time as always, but run operation by operation: the code that the compiler writes
+    is that of ``torch.compile`` by itself, and takes a minute.
+    """
+    trainer = torch_impl.training.Trainer(case.config, training, compile=True)
+    trainer._loss = torch_impl.training._compiled(trainer._eager_loss, backend="aot_eager")
+    with _quiet():
+        return train(trainer, case.tensors, lessons, evaluate=False)
+
+
 def cpp_compiler() -> str | None:
     """The compiler that ``torch.compile`` needs on a CPU, or None where there is none."""
     named = os.environ.get("CXX")
@@ -49,9 +67,7 @@ def _run_torch(twin: Any, case: Case, mode: Mode) -> Run:
     model.load_state_dict(twin._model(case).state_dict())
     inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
     call: Any = torch_impl.compiled(model) if mode == "torch.compile" else model
-    with warnings.catch_warnings():
-        # PyTorch's compiler warns of what it uses itself
-        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+    with _quiet():
         output = call(**inputs)
         (output.to(torch.float64) * torch.from_numpy(case.cotangent)).sum().backward()
     run = Run(widened(output.detach().numpy()), {})
@@ -59,6 +75,14 @@ def _run_torch(twin: Any, case: Case, mode: Mode) -> Run:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         run.gradients[path] = widened(gradient.numpy())
     return run
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's compiler warns of what it uses itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        yield
 
 
 def _run_flax(twin: Any, case: Case, mode: Mode) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,11 +51,13 @@ def _torch_steps(
 def _flax_steps(
     config: OptimizerConfig, parameters: Leaves, gradients: Sequence[Leaves], rates: Sequence[float]
 ) -> list[Leaves]:
-    with jax.enable_x64(True), hurried(parameters):
+    # what is asked in float32 is what users get
+    is_wide = all(leaf.dtype == np.float64 for leaf in parameters.values())
+    with jax.enable_x64(True), hurried(parameters) if is_wide else contextlib.nullcontext():
         optimizer = flax_impl.Optimizer(config)
         held: Any = {path: jnp.asarray(leaf) for path, leaf in parameters.items()}
         state: Any = optimizer.init(held)
-        update = jax.jit(optimizer.update, compiler_options=little_care(parameters))
+        update = jax.jit(optimizer.update, compiler_options=little_care(parameters) if is_wide else {})
         seen = [{path: np.array(leaf) for path, leaf in held.items()}]
         for leaves, rate in zip(gradients, rates, strict=True):
             now = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}

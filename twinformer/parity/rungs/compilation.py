@@ -7,14 +7,19 @@ one compiled loop; and both with every block computed again in the backward pass
 
 from __future__ import annotations
 
+import dataclasses
+
 from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.modes import MODES, WITH_DROPOUT, cpp_compiler, run_in_mode
+from twinformer.parity.modes import MODES, WITH_DROPOUT, cpp_compiler, run_in_mode, train_compiled
+from twinformer.parity.rungs import training
 from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
 from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
 from twinformer.parity.rungs.stochastic import with_dropout
 from twinformer.parity.twins import Run
 from twinformer.parity.verdict import Rung, rung_of
+
+COMPILED_TRAINER = "torch_impl, compiled trainer"
 
 
 def check(evidence: Evidence) -> Rung:
@@ -39,6 +44,10 @@ def check(evidence: Evidence) -> Rung:
                 usual, run = plain, run_in_mode(twin, case, mode)
             found, wrong = against_itself(label, run, usual, (mode, "usual"))
             comparisons, problems = comparisons + found, problems + wrong
+    if evidence.case.config.predicts_tokens and cpp_compiler() is not None:
+        modes += 1
+        evidence.progress("torch_impl: a compiled trainer")
+        comparisons += _trained(evidence)
     rung = rung_of(f"{modes} modes, {len(comparisons)} tensors", comparisons, problems)
     if rung.verdict == "differ":  # which way of running it, of which twin
         rung.culprits = list(dict.fromkeys(_mode(one.name) for one in comparisons if not one.agrees))
@@ -47,6 +56,18 @@ def check(evidence: Evidence) -> Rung:
     else:
         rung.notes += reasons
     return rung
+
+
+def _trained(evidence: Evidence) -> list[Comparison]:
+    """Two steps of PyTorch's compiled trainer, with dropout, against those of the eager one."""
+    case, batches = training.prepared(evidence.case)
+    lessons = [[batches[step][0]] for step in (0, 4)]
+    plan = dataclasses.replace(training.TRAINING, accumulation=1)
+    twin = evidence.twins[0]
+    (usual,) = twin.once("usual trainer", case, lambda: twin.train(case, plan, [lessons], evaluate=False))
+    compiled = twin.once("compiled trainer", case, lambda: train_compiled(case, plan, lessons))
+    found = training.compared(COMPILED_TRAINER, compiled, usual)
+    return [dataclasses.replace(one, name=f"{one.name.rpartition(' (')[0]} ({COMPILED_TRAINER})") for one in found]
 
 
 def against_itself(label: str, run: Run, usual: Run, sides: tuple[str, str]) -> tuple[list[Comparison], list[str]]:

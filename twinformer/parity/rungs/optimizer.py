@@ -75,10 +75,14 @@ def check(evidence: Evidence) -> Rung:
 def _low(
     twin: str, name: str, config: OptimizerConfig, gradients: Sequence[Leaves], rates: Sequence[float]
 ) -> list[Comparison]:
-    """The first step in float32 against the same in float64: what is small (1 - beta2ᵗ) is not lost in rounding."""
-    rounded = [{path: leaf.astype(np.float32).astype(np.float64) for path, leaf in gradients[0].items()}]
-    nothing = {path: np.zeros_like(leaf) for path, leaf in gradients[0].items()}
-    low, exact = (steps(twin, config, nothing, rounded, rates[-2:-1], dtype)[1] for dtype in ("float32", "float64"))
+    """The first step in float32 against the same in float64: what is small (1 - beta2ᵗ) is not lost in rounding.
+
+    Compiled with care, as users have it, and so of one parameter of each rank: rounding is the same in all of them.
+    """
+    first = {leaf.ndim: path for path, leaf in reversed(gradients[0].items())}
+    rounded = {path: gradients[0][path].astype(np.float32).astype(np.float64) for path in first.values()}
+    nothing = {path: np.zeros_like(leaf) for path, leaf in rounded.items()}
+    low, exact = (steps(twin, config, nothing, [rounded], rates[-2:-1], dtype)[1] for dtype in ("float32", "float64"))
     return [
         compare(f"update of {path} ({name} in float32, {twin})", leaf.astype(np.float64), exact[path], bound=LOW_BOUND)
         for path, leaf in low.items()
