@@ -20,6 +20,7 @@ from parity_tests.mutants import (
     training,
     unforeseen,
     weights,
+    writing,
 )
 from parity_tests.mutants.cases import CASES
 from parity_tests.mutants.registry import CONTROLS, DOES_NOT_APPLY, MUTANTS, ROWS
@@ -27,7 +28,7 @@ from twinformer.parity.mutation import Catalogue
 
 GROUPS = (
     *(norms, activations, attention, masks, positions, weights, models, dropout, precision),
-    *(optimizers, training, decoding, sampling, unforeseen, absent),
+    *(optimizers, training, decoding, sampling, unforeseen, writing, absent),
 )
 CATALOGUE = Catalogue(tuple(MUTANTS), tuple(CONTROLS), CASES, DOES_NOT_APPLY)
 

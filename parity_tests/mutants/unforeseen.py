@@ -101,7 +101,13 @@ def one_key_for_all_turns_of_remat(patch: Patch) -> None:
     patch.function("stack", "_scanned", scanned)
 
 
-@mutant("T153", case="dropout", culprits="torch_impl, compiled trainer", rungs=("compilation",), twins=("torch_impl",))
+@mutant(
+    "T153",
+    case="dropout-layers",
+    culprits="torch_impl, compiled trainer",
+    rungs=("compilation",),
+    twins=("torch_impl",),
+)
 def compiled_trainer_keeps_its_first_key(patch: Patch) -> None:
     def wrong(compiled: Any) -> Any:
         def made(function: Any, **options: Any) -> Any:

@@ -8,6 +8,7 @@ one compiled loop; and both with every block computed again in the backward pass
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
@@ -39,9 +40,10 @@ def check(evidence: Evidence) -> Rung:
             label = f"{twin.name}, {mode}"
             if mode in WITH_DROPOUT:
                 noisy = with_dropout(case)
-                usual, run = twin.run(noisy, gradients=True, detail="blocks"), run_in_mode(twin, noisy, mode)
+                usual, asked = twin.run(noisy, gradients=True, detail="blocks"), noisy
             else:
-                usual, run = plain, run_in_mode(twin, case, mode)
+                usual, asked = plain, case
+            run = twin.once(mode, asked, partial(run_in_mode, twin, asked, mode))
             found, wrong = against_itself(label, run, usual, (mode, "usual"))
             comparisons, problems = comparisons + found, problems + wrong
     if evidence.case.config.predicts_tokens and cpp_compiler() is not None:
