@@ -199,6 +199,10 @@ def test_both_twins_search_alike():
         ("llama", {"window": 3}),
         ("gpt2", {"context_length": 6}),
         ("llama", {"vocab_size": 3}),
+        ("gpt2", {"position_counting": "places"}),
+        ("llama", {"position_counting": "places", "window": 3}),
+        ("t5", {"position_counting": "places"}),
+        ("textbook-encoder-decoder", {"position_counting": "places"}),
     ],
 )
 @pytest.mark.parametrize("rung", [sampling, beams])
@@ -293,6 +297,34 @@ def test_texts_are_longer_than_what_is_made_at_a_time(plant, monkeypatch):
     rung = sampling.check(torch_twice(small("gpt2", vocab_size=400, context_length=80)))
     assert rung.verdict == "differ"
     assert rung.culprits[0] == "Generator"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "textbook-encoder-decoder"])
+@pytest.mark.parametrize("counting", ["real", "places"])
+def test_prompts_packed_as_the_other_counting_has_it(name, counting, monkeypatch):
+    """Holes closed where they count as places, or left open where they do not."""
+    case = small(name, position_counting=counting, **({"window": 3} if counting == "real" else {}))
+    right = torch_impl.generation._Runner.kept
+
+    def all_up_to_the_last(real):
+        return np.logical_or.accumulate(real[:, ::-1], 1)[:, ::-1]
+
+    def wrong(self, real):
+        return real if counting == "places" else all_up_to_the_last(real)
+
+    monkeypatch.setattr(torch_impl.generation._Runner, "kept", wrong)
+    rung = sampling.check(torch_twice(case))
+    assert rung.verdict == "differ"
+    assert rung.culprits == ["Generator"]
+    monkeypatch.setattr(torch_impl.generation._Runner, "kept", right)
+    assert sampling.check(torch_twice(case)).verdict == "agree"
+
+
+def test_both_twins_count_places():
+    case = small("gpt2", position_counting="places")
+    for rung in (sampling, beams):
+        found = rung.check(Evidence(case))
+        assert found.verdict == "agree", found.problems
 
 
 class Changed(Other):

@@ -32,12 +32,13 @@ BEAMS = {
 
 @dataclass(frozen=True)
 class Writing:
-    """Prompts ``[B, T]``, what of them is real, and the sources that they belong to."""
+    """Prompts ``[B, T]``, what of them is real, the sources that they belong to, and how the model counts."""
 
     prompts: Array
     real: Array
     source: Array | None
     source_real: Array | None
+    counting: Literal["real", "places"] = "real"
 
     def options(self) -> dict[str, Any]:
         """Of a generator or a search."""
@@ -51,15 +52,17 @@ class Writing:
     def inputs(self, rows: Array | None = None, tokens: Array | None = None, real: Array | None = None) -> Arrays:
         """Of one call of the model with the prompts of these rows and what was written after them, if anything.
 
-        As the contract has it the prompt's real tokens stand side by side before what is written: under a window it
-        matters how far away they are.
+        What a row has stands side by side from its first place on, as the contract packs it: real tokens alone, or,
+        where places are counted, all up to the prompt's last real token. Under a window it matters how far away they
+        are.
         """
         rows = np.arange(len(self.prompts)) if rows is None else rows
         tokens = self.prompts[rows, :0] if tokens is None else tokens
         real = self.real[rows, :0] if real is None else real
-        order = np.argsort(self.real, axis=1, kind="stable")
-        prompts, shown = (np.take_along_axis(part, order, 1)[rows] for part in (self.prompts, self.real))
-        whole, mask = np.concatenate((prompts, tokens), 1), np.concatenate((shown, real), 1)
+        kept = np.concatenate((self._kept()[rows], real), 1)
+        order = np.argsort(~kept, axis=1, kind="stable")[:, : kept.sum(1).max()]
+        whole = np.take_along_axis(np.concatenate((self.prompts[rows], tokens), 1), order, 1)
+        mask = np.take_along_axis(np.concatenate((self.real[rows], real), 1), order, 1)
         if self.source is None or self.source_real is None:
             return {"tokens": whole, "padding_mask": mask}
         return {
@@ -68,6 +71,18 @@ class Writing:
             "target": whole,
             "target_padding_mask": mask,
         }
+
+    def places(self, rows: Array, real: Array) -> Array:
+        """``[B, M]``: where in these inputs the token stands that each written one comes after; any for padding."""
+        after: Array = self._kept()[rows].sum(1)[:, None] + real.cumsum(1) - 2
+        return np.where(real, after, 0)
+
+    def _kept(self) -> Array:
+        """What of a prompt the model is given."""
+        if self.counting == "real":
+            return self.real
+        kept: Array = np.logical_or.accumulate(self.real[:, ::-1], 1)[:, ::-1]
+        return kept
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ def writing_for(config: ModelConfig) -> Writing:
         source_real = np.ones((ROWS, S), np.bool_)
         source_real[1, : S // 3] = False
         source_real[2, S - S // 3 :] = False
-    return Writing(prompts, real, source, source_real)
+    return Writing(prompts, real, source, source_real, config.position_counting)
 
 
 def scenarios(config: ModelConfig, writing: Writing) -> list[Scenario]:

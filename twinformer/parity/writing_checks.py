@@ -121,8 +121,7 @@ def _logits_under(judge: Twin, case: Case, writing: Writing, found: Generated) -
     tokens = np.where(live, found.tokens, 0)
     with judge.decoders(case) as make:
         output = widened(make(case).full(writing.inputs(np.arange(B), tokens, live))[0])
-    # each is written after the one before it, the first after the prompt
-    return output[:, writing.prompts.shape[1] - 1 : -1]
+    return np.take_along_axis(output, writing.places(np.arange(B), live)[..., None], 1)
 
 
 def _check_tokens(writing: Writing, scenario: Scenario, found: Generated, logits: FloatArray) -> list[str]:
