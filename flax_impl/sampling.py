@@ -1,7 +1,9 @@
 """From logits to a token: what is hidden from a draw, and the draw itself.
 
 Logits ``[B, V]`` are taken wide. The order of tokens is: higher logit first, lower id first among equals. Hidden tokens
-have ``-inf``. Processors are small objects made from a number and called with ``(logits, seen)``.
+have ``-inf``. From a row whose highest logit is not finite (NaN, where there is one, is the highest) nothing is chosen,
+whatever processors make of its other tokens. Processors are small objects made from a number and called with
+``(logits, seen)``.
 """
 
 from collections.abc import Callable
@@ -125,7 +127,7 @@ def processors(config: SamplingConfig) -> tuple[Processor, ...]:
 
 
 def greedy(logits: Logits) -> Int[Array, " B"]:
-    """The first token of the order; -1 for a row without a finite logit or with NaN."""
+    """The first token of the order; -1 for a row whose highest logit is not finite."""
     x = _wide(logits)
     return jnp.where(_is_drawable(x), jnp.argmax(x, axis=-1).astype(jnp.int32), -1)
 
@@ -133,7 +135,7 @@ def greedy(logits: Logits) -> Int[Array, " B"]:
 def draw(logits: Logits, uniforms: Float[Array | np.ndarray, " B"]) -> Int[Array, " B"]:
     """The first id whose cumulative mass is above ``u · total``, with masses ``exp(x - max)``.
 
-    Where rounding leaves none it is the last id with a mass; -1 for a row without a finite logit or with NaN.
+    Where rounding leaves none it is the last id with a mass; -1 for a row whose highest logit is not finite.
     """
     x = _wide(logits)
     masses = _masses(x)
@@ -178,9 +180,9 @@ def _wide(logits: Logits) -> Float[Array, "B V"]:
 
 
 def _masses(x: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """``exp(x - max)``: 1 for the highest, an infinite one too, and 0 for what is hidden."""
+    """``exp(x - max)``: 1 for the highest, and 0 for what is hidden, in a row without a finite logit too."""
     highest = jnp.max(x, axis=-1, keepdims=True)
-    return jnp.exp(jnp.where((x == highest) & (x > -jnp.inf), 0, x - jnp.where(highest == -jnp.inf, 0, highest)))
+    return jnp.exp(x - jnp.where(jnp.isfinite(highest), highest, 0))
 
 
 def _first_tokens(x: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
@@ -201,7 +203,8 @@ def _marked(
 
 
 def _is_drawable(x: Float[Array, "B V"]) -> Bool[Array, " B"]:
-    return jnp.any(jnp.isfinite(x), axis=-1) & ~jnp.any(jnp.isnan(x), axis=-1)
+    """The maximum of numbers among which is NaN is NaN."""
+    return jnp.isfinite(jnp.max(x, axis=-1))
 
 
 def _left(x: Float[Array, "B V"], stays: Bool[Array, "B V"]) -> Float[Array, "B V"]:

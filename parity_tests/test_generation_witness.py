@@ -275,3 +275,34 @@ def test_no_more_places_than_the_context_has(twin):
     assert generator(prompts, padding_mask=real, max_new_tokens=1).tokens.shape == (1, 1)
     with pytest.raises(InputError, match="7"):
         generator(prompts, padding_mask=real, max_new_tokens=2)
+
+
+@both
+def test_the_last_token_that_is_scored_needs_no_place(twin):
+    """As the last that is written needs none: what is written in a full context can be scored."""
+    config = ModelConfig(
+        architecture="decoder",
+        vocab_size=9,
+        context_length=6,
+        model_dim=4,
+        key_dim=2,
+        hidden_dim=4,
+        num_heads=1,
+        num_layers=1,
+        positions="learned",
+        param_dtype="float64",
+        compute_dtype="float64",
+    )
+    model = twin.file("models").build(config)
+    score = twin.file("generation").score
+    prompts, others = np.array([[1, 2], [4, 5]]), np.array([[3, 4, 5, 6, 7], [1, 2, 3, 4, 8]])
+    long = to_numpy(score(model, prompts, others))
+    assert_close(long[:, :4], to_numpy(score(model, prompts, others[:, :4])), 1e-12)
+    logits = to_numpy(model(twin.array(np.concatenate((prompts, others[:, :4]), 1))))[:, -1]
+    expected = np.take_along_axis(logits, others[:, 4:], 1)[:, 0] - np.log(np.exp(logits).sum(-1))
+    assert_close(long[:, 4], expected, 1e-12)
+    holes = np.array([[True, True, False, True, True, True], [True] * 6])
+    with pytest.raises(InputError, match="expected at most 7 tokens"):
+        score(model, prompts, np.concatenate((others, others[:, :1]), 1), continuation_mask=holes)
+    nothing = score(model, prompts[:, :1], others[:, :1], continuation_mask=np.zeros((2, 1), bool))
+    assert to_numpy(nothing).tolist() == [[0.0], [0.0]]

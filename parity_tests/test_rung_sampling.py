@@ -87,6 +87,8 @@ def test_choices():
     assert reference.greedy(np.array([0.0, 3.0, 3.0])) == 1
     assert reference.greedy(np.array([HIDDEN, HIDDEN])) == -1
     assert reference.greedy(np.array([1.0, np.nan])) == -1
+    assert reference.greedy(np.array([np.inf, 1.0])) == -1
+    assert reference.draw(np.array([1.0, np.inf]), 0.5) == -1
     quarters = np.zeros(4)
     assert [reference.draw(quarters, u) for u in (0.0, 0.25 - 2.0**-24, 0.25, 0.5, 1 - 2.0**-24)] == [0, 0, 1, 2, 3]
     assert reference.draw(np.array([HIDDEN, 0.0, 0.0]), 0.0) == 1
@@ -156,6 +158,7 @@ def test_tables_have_what_shows():
     assert any(np.isinf(row).any() for row in rows)
     assert sum(len(set(row[np.isfinite(row)])) == 1 for row in rows) >= 4
     assert {reference.greedy(row) for row in HOPELESS} == {-1, 0}
+    assert {int(np.isposinf(row).sum()) for row in HOPELESS} >= {0, 1, 3}
     assert {k / 16 for k in range(16)} <= set(UNIFORMS.tolist())
     assert {type(one).__name__ for configs in CHAINS.values() for one in configs} == {"SamplingConfig"}
     assert {"RepetitionPenalty", "Temperature", "TopK", "TopP", "MinP", "processors"} == set(CHAINS)

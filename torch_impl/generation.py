@@ -546,8 +546,9 @@ def score(
 ) -> Float[Tensor, "B M"]:
     """Log-probability of each token of the continuations ``[B, M]`` given all real tokens before it; 0 at padding.
 
-    Wide, in one call of the model; as ``Generator`` gives them for what it wrote. Raises InputError for shapes, dtypes
-    and ids that are wrong, and for a prompt without a real token.
+    Wide, in one call of the model, which sees all but the last token; as ``Generator`` gives them for what it wrote.
+    Raises InputError for shapes, dtypes and ids that are wrong, for a prompt without a real token, and where more than
+    one token is beyond the context.
     """
     runner = _Runner("score", model, None, 1, False)
     N, V = model.config.context_length, model.config.vocab_size
@@ -563,8 +564,8 @@ def score(
     before = kept.sum(-1, keepdims=True)
     longest = int((before + others_real.sum(-1, keepdims=True)).max())
     problems.expect(
-        longest <= N,
-        f"continuations: expected at most context_length={N} real tokens with those of the prompt, got {longest}",
+        longest <= N + 1,
+        f"continuations: expected at most {N + 1} tokens with the prompt (context_length={N}), got {longest}",
     )
     problems.raise_if_any()
     read, read_real = runner.read_source(source, source_padding_mask, len(tokens))
@@ -572,22 +573,23 @@ def score(
         np.concatenate((tokens, others), 1),
         np.concatenate((real, others_real), 1),
         np.concatenate((kept, others_real), 1),
-        longest,
+        max(longest, 2),
         left=True,
     )
 
     def on_device(values: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(runner.device)
 
-    whole, mask = on_device(packed), on_device(packed_real)
+    # place i of the logits is about token i + 1: nothing comes after the last
+    whole, mask = on_device(packed[:, :-1]), on_device(packed_real[:, :-1])
     if isinstance(model, EncoderDecoder):
         assert read is not None
         assert read_real is not None
         logits = model(on_device(read), whole, source_padding_mask=on_device(read_real), target_padding_mask=mask)
     else:
         logits = model(whole, padding_mask=mask)
-    logits = logits[:, :-1].to(wide_dtype(logits.dtype))
-    logprobs = logits.gather(-1, whole[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+    logits = logits.to(wide_dtype(logits.dtype))
+    logprobs = logits.gather(-1, on_device(packed[:, 1:, None]))[..., 0] - logits.logsumexp(-1)
     # token m of the continuation follows on the prompt and on those of its tokens that are real
     places = np.where(others_real, before + others_real.cumsum(-1) - 2, 0)
     scores: Tensor = logprobs.gather(-1, on_device(places)).masked_fill(~on_device(others_real), 0.0)

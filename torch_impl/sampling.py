@@ -1,7 +1,9 @@
 """From logits to a token: what is done to the logits first, and how one is drawn.
 
 Logits ``[B, V]`` are taken wide. The order of tokens is: higher logit first, the lower id first among equals; hidden
-tokens have ``-inf``. The random numbers are a function of (seed, row, step), the same in all dtypes and frameworks.
+tokens have ``-inf``. From a row whose highest logit is not finite (NaN, where there is one, is the highest) nothing is
+chosen, whatever processors make of its other tokens. The random numbers are a function of (seed, row, step), the same
+in all dtypes and frameworks.
 """
 
 from collections.abc import Callable
@@ -126,18 +128,16 @@ def processors(config: SamplingConfig) -> tuple[Processor, ...]:
 
 
 def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-    """The first token of the order; -1 for a row without a finite logit, or with NaN."""
-    x = _wide(logits)
-    highest, first = x.max(-1)  # NaN before all others
-    lost = ~(highest > -torch.inf) | ~(x.abs() < torch.inf).any(-1)
-    return first.masked_fill(lost, -1)
+    """The first token of the order; -1 for a row whose highest logit is not finite."""
+    highest, first = _wide(logits).max(-1)
+    return first.masked_fill(~highest.isfinite(), -1)
 
 
 def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The first token v, in the order of ids, with ``cumulative(v) > u · total``.
 
     ``cumulative`` sums ``exp(x - max)``, wide; where rounding leaves no such token it is the last that has any mass.
-    -1 for a row without a finite logit, or with NaN.
+    -1 for a row whose highest logit is not finite: there no mass is a number above 0.
     """
     x = _wide(logits)
     mass = (x - x.amax(-1, keepdim=True)).exp()

@@ -55,12 +55,17 @@ def log_softmax(x: FloatArray) -> FloatArray:
 
 
 def greedy(x: FloatArray) -> int:
-    return -1 if np.isnan(x).any() or not np.isfinite(x).any() else int(in_order(x)[0])
+    return int(in_order(x)[0]) if is_hopeful(x) else -1
+
+
+def is_hopeful(x: FloatArray) -> bool:
+    """Something can be chosen: the highest logit is finite, NaN being higher than all."""
+    return bool(np.isfinite(x.max()))
 
 
 def draw(x: FloatArray, uniform: float) -> int:
     """The first id whose cumulative mass is above ``uniform`` of the total; the last with mass where none is."""
-    if np.isnan(x).any() or not np.isfinite(x).any():
+    if not is_hopeful(x):
         return -1
     mass = np.exp(x - x.max())
     cumulative = np.cumsum(mass)

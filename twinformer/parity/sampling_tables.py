@@ -62,8 +62,19 @@ TABLES = (
         list(np.where(_RANDOM.random((8, V)) < 0.4, _HIDDEN, _RANDOM.standard_normal((8, V)) * 3 - 5)),
     ),
 )
-# rows from which nothing can be chosen, but the last
-HOPELESS = np.stack([np.full(V, _HIDDEN), np.where(np.arange(V) == 3, np.nan, 1.0), _only([0])] * 2 + [np.zeros(V)] * 2)
+# rows from which nothing can be chosen, and between them two from which something can
+HOPELESS = np.stack(
+    [
+        np.full(V, _HIDDEN),
+        np.where(np.arange(V) == 3, np.nan, 1.0),
+        _only([0]),
+        np.where(np.arange(V) == 3, np.inf, 1.0),
+        np.where(np.arange(V) % 5 == 2, np.inf, 1.0),  # more than one
+        np.zeros(V),
+        np.where(np.arange(V) % 2 == 1, np.inf, _HIDDEN),
+        np.where(np.arange(V) == 3, np.inf, np.where(np.arange(V) == 9, np.nan, 1.0)),
+    ]
+)
 
 # more tokens than a search for the likeliest few looks: rows of which few are enough beside rows that need nearly all
 WIDE_V = 1500

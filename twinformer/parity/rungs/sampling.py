@@ -104,20 +104,35 @@ def _first_cause(places: Sequence[str]) -> list[str]:
 def definitions(twin: Twin, case: Case) -> tuple[list[Comparison], Problems]:
     """One twin against the reference: figures, and problems by what they are about."""
     with twin.chooser(case) as chooser:
-        comparisons = [*_processors(twin.name, chooser), *_wide_rows(twin.name, chooser), *_low(twin.name, chooser)]
+        comparisons, lost = _processors(twin.name, chooser)
+        comparisons += [*_wide_rows(twin.name, chooser), *_low(twin.name, chooser)]
         wrong = {"uniforms": list(_numbers(chooser)), "greedy": list(_greedy(chooser)), "draw": list(_draws(chooser))}
-    return comparisons, {place: texts for place, texts in wrong.items() if texts}
+    return comparisons, lost | {place: texts for place, texts in wrong.items() if texts}
 
 
-def _processors(name: str, chooser: Chooser) -> Iterator[Comparison]:
-    """Every processor and chain on every table: which tokens are left, and their values."""
+def _processors(name: str, chooser: Chooser) -> tuple[list[Comparison], Problems]:
+    """Every processor and chain on every table: which tokens are left, and their values.
+
+    Of rows from which nothing can be chosen this is all that is asked: that nothing can be chosen afterwards.
+    """
     logits, seen = (np.concatenate(parts) for parts in zip(*((one.logits, one.seen) for one in TABLES), strict=True))
+    count = len(logits)
+    logits, seen = np.concatenate((logits, HOPELESS)), np.concatenate((seen, seen[: len(HOPELESS)]))
+    comparisons: list[Comparison] = []
+    problems: Problems = {}
     asked = [(place, config) for place, configs in CHAINS.items() for config in configs]
     found = chooser.processed([config for _, config in asked], logits, seen)
     for (place, config), got in zip(asked, found, strict=True):
-        expected = np.stack([reference.processed(*row, config) for row in zip(logits, seen, strict=True)])
+        rows = zip(logits[:count], seen[:count], strict=True)
+        expected = np.stack([reference.processed(*row, config) for row in rows])
         label = f"{place} ({_choices(config)}, {name})"
-        yield compare(label, got, expected, bound=BOUND, scale=max(1.0, _largest(expected)))
+        comparisons.append(compare(label, got[:count], expected, bound=BOUND, scale=max(1.0, _largest(expected))))
+        for row, (before, after) in enumerate(zip(HOPELESS, got[count:], strict=True)):
+            if reference.is_hopeful(after) != reference.is_hopeful(before):
+                wanted = "something" if reference.is_hopeful(before) else "nothing"
+                text = f"{place} ({_choices(config)}) of hopeless logits, row {row}: expected {wanted} left to choose"
+                problems.setdefault(place, []).append(text)
+    return comparisons, problems
 
 
 def _wide_rows(name: str, chooser: Chooser) -> Iterator[Comparison]:
