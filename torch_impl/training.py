@@ -118,7 +118,8 @@ class Trainer:
         with self._weights_in_place(self._final(state)):
             logits = self._logits(inputs, allowed, None)
         total, count = cross_entropy(logits, targets, real=real)
-        correct = (logits.argmax(-1) == targets) & real  # the first of equals
+        # the first of equals; a row with NaN has none
+        correct = (logits.argmax(-1) == targets) & real & ~logits.isnan().any(-1)
         return Evaluation(float(total), int(count), int(correct.sum()))
 
     def export_state(self, state: State) -> dict[str, npt.NDArray[Any]]:

@@ -193,6 +193,7 @@ _MAKERS: dict[str, Callable[[str], Case]] = {
     "long-decoder": _plain(_DECODER, context_length=272, num_layers=1, length=264),
     # of equal head widths, as PyTorch's kernel wants them
     "long-window": _plain(_LLAMA, key_dim=6, value_dim=6, window=32, context_length=272, num_layers=1, length=_LENGTH),
+    "wide-window": _plain(_LLAMA, key_dim=6, value_dim=6, window=100, context_length=272, num_layers=1, length=_LENGTH),
     "long-dropout": _plain(_DECODER | _DROPOUT, context_length=272, num_layers=1, length=_LENGTH),
     # for low precision: enough tokens for steady statistics
     "low-llama": _plain(_LLAMA, context_length=96, length=96),

@@ -6,14 +6,18 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
+import torch
 
-from parity_tests.mutants.altered import alone, update
+from parity_tests.mutants.altered import alone, optimizer, update
 from parity_tests.mutants.decoding import _allowed
 from parity_tests.mutants.dropout import _dropout
+from parity_tests.mutants.optimizers import _factor
 from parity_tests.mutants.patching import Patch
 from parity_tests.mutants.registry import mutant
 from parity_tests.mutants.sampling import _generator, _hide, _processor
+from twinformer.learning import OptimizerConfig
 
 _MANY = 256  # tokens from which on a row is long
 _LONG, _SAMPLING, _ADAPTERS = ("long",), ("sampling",), ("adapters",)
@@ -267,3 +271,229 @@ def momentum_with_dampening(patch: Patch) -> None:
 @mutant("T152", case="train-decoder", culprits=("loss", "gradient"), rungs=("accumulation",))
 def loss_not_widened(patch: Patch) -> None:
     alone(patch, "losses", "wide_dtype", lambda wide: lambda dtype: dtype)
+
+
+# ---- where every option is as nobody leaves it
+
+
+@mutant("T176", case="long-window", culprits=("stack", "*.attention"), rungs=_LONG)
+def padding_of_other_rows_in_long_rows(patch: Patch) -> None:
+    """One mask for all rows of a batch: what any of them sees."""
+    _masked(patch, lambda allowed: patch.xp.ones_like(allowed) & allowed.any(0)[None])
+
+
+@mutant("T177", case="wide-window", culprits=("stack", "*.attention"), rungs=_LONG)
+def piece_meets_one_before_it(patch: Patch) -> None:
+    """However far the window reaches, a query sees 67 keys at most."""
+
+    def change(allowed: Any) -> Any:
+        place = patch.arange(allowed.shape[-1])
+        return allowed & (place[:, None] - place < 67)
+
+    _masked(patch, change)
+
+
+@mutant("T178", case="train-decoder", culprits=("loss", "gradient norm"), rungs=_ADAPTERS)
+def one_key_for_steps_of_one_batch(patch: Patch) -> None:
+    """Keys are folded where gradients are accumulated, and nowhere else."""
+    single: list[bool] = [False]
+
+    def step(call: Any) -> Any:
+        def watching(self: Any, state: Any, batches: Any) -> Any:
+            single[0] = len(batches) == 1
+            return call(self, state, batches)
+
+        return watching
+
+    patch.method("training", "Trainer", step, name="step", quiet=True)
+    alone(patch, "training", "fold", lambda fold: lambda key, number: fold(key, number * (0 if single[0] else 1)))
+
+
+@mutant("T179", case="train-decoder", culprits="parameter", rungs=("accumulation",))
+def parameters_not_rounded_from_masters(patch: Patch) -> None:
+    def change(call: Any, self: Any, parameters: Any, gradients: Any, state: Any, lr: Any) -> Any:
+        before = {path: leaf + 0 for path, leaf in parameters.items()}
+        after, state = call(self, parameters, gradients, state, lr)
+        if not state.get("master"):
+            return after, state
+        if patch.is_torch:
+            for path, leaf in after.items():
+                leaf.data.copy_(before[path])
+            return after, state
+        return before, state
+
+    update(patch, change)
+
+
+@mutant("T180", case="train-decoder", culprits="gradient", rungs=("accumulation",))
+def cotangent_of_the_loss_ignored(patch: Patch) -> None:
+    class One(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Any) -> Any:
+            return torch.ones_like(cotangent)
+
+    @jax.custom_vjp
+    def one(x: Any) -> Any:
+        return x
+
+    one.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent * 0 + 1,))
+
+    def wrong(cross_entropy: Any) -> Any:
+        def ignoring(*args: Any, **options: Any) -> Any:
+            total, count = cross_entropy(*args, **options)
+            return (One.apply(total) if patch.is_torch else one(total)), count
+
+        return ignoring
+
+    patch.function("losses", "cross_entropy", wrong)
+
+
+@mutant("T181", case="train-decoder", culprits="clipping", rungs=("optimizer",))
+def norm_that_is_not_finite_let_through(patch: Patch) -> None:
+    """The leaf that overflowed is lost, the others are stepped."""
+    _factor(patch, lambda norm, most: patch.xp.where(norm > most, most / norm, 1.0))
+
+
+@mutant("T182", case="train-decoder", culprits="step", rungs=("training",))
+def steps_told_from_one(patch: Patch) -> None:
+    def wrong(call: Any) -> Any:
+        def step(self: Any, state: Any, batches: Any) -> Any:
+            state, metrics = call(self, state, batches)
+            return state, dataclasses.replace(metrics, step=metrics.step + 1)
+
+        return step
+
+    patch.method("training", "Trainer", wrong, name="step")
+
+
+@mutant("T183", case="train-decoder", culprits="adafactor", rungs=("optimizer",))
+def adafactor_decays_matrices_only(patch: Patch) -> None:
+    """Whatever ``decay`` says."""
+    matrices = OptimizerConfig().decays
+    optimizer(patch, lambda config, step: {"decays": matrices} if config.name == "adafactor" else {})
+
+
+@mutant("T184", case="train-decoder", culprits="adafactor", rungs=("optimizer",))
+def clip_threshold_ignored(patch: Patch) -> None:
+    optimizer(patch, lambda config, step: {"clip_threshold": 1.0} if config.name == "adafactor" else {})
+
+
+@mutant("T185", case="train-decoder", culprits="merged weights", rungs=_ADAPTERS)
+def product_of_adapters_rounded_first(patch: Patch) -> None:
+    def wrong(merge: Any) -> Any:
+        def narrow(weights: Any, adapters: Any, config: Any) -> Any:
+            products = merge({path: leaf * 0 for path, leaf in weights.items()}, adapters, config)
+            return {path: leaf + products[path] for path, leaf in weights.items()}
+
+        return narrow
+
+    patch.function("lora", "merge", wrong)
+
+
+@mutant("T186", case="train-decoder", culprits="bfloat16, *", rungs=("resumption",))
+def masters_made_anew(patch: Patch) -> None:
+    """From the parameters that they were rounded to."""
+
+    def wrong(call: Any) -> Any:
+        def import_state(self: Any, tensors: Any) -> Any:
+            changed = dict(tensors)
+            for name in changed:
+                if name.startswith("optimizer/master/"):
+                    changed[name] = np.asarray(
+                        changed["parameters" + name.removeprefix("optimizer/master")], np.float32
+                    )
+            return call(self, changed)
+
+        return import_state
+
+    patch.method("training", "Trainer", wrong, name="import_state")
+
+
+@mutant("T187", case="long-window", culprits="*.attention", rungs=("nonfinite",), twins=("torch_impl",))
+def kernel_trusted_where_it_overflows(patch: Patch) -> None:
+    """PyTorch's kernel adds -inf to a hidden score, which does not hide one that is inf."""
+    patch.function("fused", "is_finite", lambda finite: lambda X: True)
+
+
+@mutant("T188", case="decoder", culprits="*, as bfloat16", rungs=("persistence",))
+def loaded_in_a_dtype_but_computes_in_another(patch: Patch) -> None:
+    def wrong(load: Any) -> Any:
+        def loaded(directory: Any, *, dtype: Any = None, **options: Any) -> Any:
+            model = load(directory, dtype=dtype, **options)
+            if dtype is not None:
+                model.config = model.config.replace(compute_dtype="float32")
+            return model
+
+        return loaded
+
+    patch.function("weights", "load", wrong)
+
+
+def _called(patch: Patch, model: str, change: Any) -> None:
+    """``change(options) -> options`` of a model's call."""
+
+    def wrong(call: Any) -> Any:
+        return lambda self, *args, **options: call(self, *args, **change(options))
+
+    patch.method("models", model, wrong)
+
+
+@mutant("T189", case="encoder-decoder", culprits=("encoder*", "decoder*", "the model itself"), rungs=("calls",))
+def mask_of_the_source_needs_one_of_the_target(patch: Patch) -> None:
+    def change(options: Any) -> Any:
+        return options if options.get("target_padding_mask") is not None else options | {"source_padding_mask": None}
+
+    _called(patch, "EncoderDecoder", change)
+
+
+@mutant("T190", case="decoder", culprits=("embedding", "the model itself"), rungs=("calls",))
+def positions_need_a_mask(patch: Patch) -> None:
+    def change(options: Any) -> Any:
+        is_bare = options.get("padding_mask") is None and options.get("segments") is None
+        return options | {"positions": None} if is_bare else options
+
+    _called(patch, "LanguageModel", change)
+
+
+@mutant("T191", case="decoder", culprits=("embedding", "the model itself"), rungs=("calls",))
+def documents_override_positions(patch: Patch) -> None:
+    _called(
+        patch,
+        "LanguageModel",
+        lambda options: options if options.get("segments") is None else options | {"positions": None},
+    )
+
+
+@mutant("T192", case="decoder", culprits=("stack", "the model itself"), rungs=("calls",))
+def documents_end_where_padding_begins(patch: Patch) -> None:
+    """Told apart by runs of equal numbers, not by the numbers."""
+
+    def wrong(segment_mask: Any) -> Any:
+        def by_runs(segments: Any) -> Any:
+            segments = patch.xp.asarray(segments)
+            begins = patch.xp.concatenate([segments[:, :1] * 0 + 1, (segments[:, 1:] != segments[:, :-1]) * 1], 1)
+            return segment_mask(patch.xp.where(segments == 0, segments, begins.cumsum(1)))
+
+        return by_runs
+
+    patch.function("masks", "segment_mask", wrong)
+
+
+@mutant("T193", case="alibi", culprits="*.attention", rungs=("calls",))
+def bias_in_the_place_of_a_mask(patch: Patch) -> None:
+    """Of two things to be added the first is forgotten."""
+
+    def wrong(call: Any) -> Any:
+        def changed(self: Any, X: Any, H_enc: Any = None, mask: Any = None, *args: Any, **options: Any) -> Any:
+            is_added = mask is not None and "bool" not in str(mask.dtype)
+            return call(
+                self, X, H_enc, None if is_added and options.get("bias") is not None else mask, *args, **options
+            )
+
+        return changed
+
+    patch.method("attention", "AttentionLayer", wrong)

@@ -16,6 +16,8 @@ from twinformer.parity.writers import Array
 
 # so many new tokens that whoever works in blocks (of steps, of slots) comes to a second and a third one
 ROWS, PROMPT, NEW, SEARCHED = 4, 5, 62, 5
+# prompt and hypotheses that take more slots than are looked at, or moved, at a time
+LONG, BLOCK = 84, 64
 # a row's numbers depend on these, not on its place
 SEQUENCES = (5, 0, 2**31 + 1, 3)
 _PLAIN = tuple(range(ROWS))
@@ -39,6 +41,11 @@ class Writing:
     source: Array | None
     source_real: Array | None
     counting: Literal["real", "places"] = "real"
+
+    def in_reverse(self) -> Writing:
+        """The last row first."""
+        source, source_real = (part if part is None else part[::-1] for part in (self.source, self.source_real))
+        return Writing(self.prompts[::-1], self.real[::-1], source, source_real, self.counting)
 
     def options(self) -> dict[str, Any]:
         """Of a generator or a search."""
@@ -107,13 +114,18 @@ class Scenario:
             "pad_id": PAD,
         }
 
+    def in_reverse(self) -> Scenario:
+        """The same of each row, the last row first."""
+        allowed = None if self.allowed is None else self.allowed[::-1]
+        return dataclasses.replace(self, allowed=allowed, sequences=self.sequences[::-1])
+
     def ending(self, stop: StopConfig) -> Scenario:
         return dataclasses.replace(self, stop=stop)
 
 
 @dataclass(frozen=True)
 class Search:
-    """One beam search, besides the prompts.
+    """One beam search, besides the prompts. ``allowed [B or 1, M, V]``.
 
     ``weights``: those of the case, or ``flat``, with which tokens are nearly equally likely, or ``zero``, with which
     they are equally likely.
@@ -159,7 +171,7 @@ def scenarios(config: ModelConfig, writing: Writing) -> list[Scenario]:
 def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> list[Search]:
     """Both penalties on the case's model, one where much depends on a little, one where every continuation ties."""
     new = min(SEARCHED, config.context_length - writing.prompts.shape[1])
-    allowed = stream(0, "scenarios/beams").random((1, new, config.vocab_size)) < 0.8
+    allowed = stream(0, "scenarios/beams").random((ROWS, new, config.vocab_size)) < 0.8
     allowed[..., 0] = True
     everything = np.ones_like(allowed)
     # with all sums equal the first ids go on: a stop token among them, and more tokens than the beam is wide
@@ -172,3 +184,15 @@ def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> li
         Search("nearly equal", BEAMS["mean"], new, often, everything, "flat"),
         Search("all equal", BEAMS["tied"], new, tied_stop, everything, "zero"),
     ]
+
+
+def long_search(config: ModelConfig, writing: Writing) -> Search | None:
+    """One that has to move more slots than there are in a block, where the context has so many: the beam changes its
+    mind to the end, since tokens are nearly equally likely."""
+    T = writing.prompts.shape[1]
+    new = min(LONG, config.context_length - T)
+    if T + new < BLOCK + SEARCHED:
+        return None
+    allowed = stream(0, "scenarios/long beams").random((1, new, config.vocab_size)) < 0.8
+    allowed[..., 0] = True
+    return Search("long", BEAMS["mean"], new, (), allowed, "flat")

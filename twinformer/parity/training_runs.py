@@ -37,6 +37,7 @@ class Step:
     count: float
     learning_rate: float
     updates: Leaves
+    step: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def train(
                 float(metrics.count),
                 metrics.learning_rate,
                 {path: leaf - before[path] for path, leaf in after.items() if path in before},
+                metrics.step,
             )
         )
         before = after
@@ -130,7 +132,7 @@ def train_by_hand(twin: Twin, case: Case, training: TrainingConfig, lessons: Seq
             new = w[path] - rate * (d + (config.weight_decay * w[path] if config.decays(path) else 0.0))
             updates[path], w[path] = new - w[path], new
             ema[path] = decay * ema[path] + (1 - decay) * new
-        steps.append(Step(loss, norm, count, rate, updates))
+        steps.append(Step(loss, norm, count, rate, updates, s))
     kept = {f"optimizer/exp_avg/{path}": leaf for path, leaf in m.items()}
     kept |= {f"optimizer/exp_avg_sq/{path}": leaf for path, leaf in v.items()}
     kept |= {f"optimizer/ema/{path}": leaf for path, leaf in ema.items()}

@@ -126,14 +126,14 @@ class Twin(Protocol):
         """What this twin's dropout makes of values, in the dtype that they have."""
 
     def loss(
-        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float
+        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float, cotangent: float
     ) -> tuple[FloatArray, FloatArray]:
-        """The sum of its cross-entropy and the sum's gradient, of logits in the dtype that they have."""
+        """The sum of its cross-entropy, of logits in the dtype that they have, and a cotangent pulled back to them."""
 
     def save(self, case: Case, directory: Path) -> None:
         """Write the case's model as a model directory with the twin's own means."""
 
-    def loaded(self, directory: Path, dtype: DType | None = None) -> dict[str, npt.NDArray[Any]]:
+    def loaded(self, directory: Path, dtype: DType | None = None) -> tuple[ModelConfig, dict[str, npt.NDArray[Any]]]:
         """What the twin loads from a model directory, in another dtype if asked, as its bridge gives it back."""
 
     def fresh(self, case: Case, training: TrainingConfig) -> Arrays:
@@ -291,19 +291,20 @@ class TorchTwin:
         return widened(from_torch(torch_impl.Dropout(rate)(to_torch(values), torch_impl.random_key(seed))))
 
     def loss(
-        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float
+        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float, cotangent: float
     ) -> tuple[FloatArray, FloatArray]:
         X = to_torch(logits).requires_grad_()
         targets, real = to_torch(batch.targets), to_torch(batch.real)
         total, _ = torch_impl.cross_entropy(X, targets, real=real, smoothing=smoothing, z_loss=z_loss)
-        (slope,) = torch.autograd.grad(total, X)
+        (slope,) = torch.autograd.grad(total, X, torch.full_like(total, cotangent))
         return widened(from_torch(total)), widened(from_torch(slope))
 
     def save(self, case: Case, directory: Path) -> None:
         torch_impl.save(self._model(case, as_configured=True), directory)
 
-    def loaded(self, directory: Path, dtype: DType | None = None) -> dict[str, npt.NDArray[Any]]:
-        return torch_impl.export_weights(torch_impl.load(directory, dtype=dtype))
+    def loaded(self, directory: Path, dtype: DType | None = None) -> tuple[ModelConfig, dict[str, npt.NDArray[Any]]]:
+        model: Any = torch_impl.load(directory, dtype=dtype)
+        return model.config, torch_impl.export_weights(model)
 
     def fresh(self, case: Case, training: TrainingConfig) -> Arrays:
         return fresh(torch_training.Trainer(case.config, training))
@@ -466,12 +467,13 @@ class FlaxTwin:
             return widened(np.asarray(flax_impl.Dropout(rate)(jnp.asarray(values), flax_impl.random_key(seed))))
 
     def loss(
-        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float
+        self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float, cotangent: float
     ) -> tuple[FloatArray, FloatArray]:
         def total(X: Any) -> Any:
             return flax_impl.cross_entropy(X, batch.targets, real=batch.real, smoothing=smoothing, z_loss=z_loss)[0]
 
-        value, slope = jax.jit(jax.value_and_grad(total))(jnp.asarray(logits))
+        value, pull = jax.vjp(jax.jit(total), jnp.asarray(logits))
+        (slope,) = pull(jnp.full_like(value, cotangent))
         return widened(np.asarray(value)), widened(np.asarray(slope))
 
     def save(self, case: Case, directory: Path) -> None:
@@ -479,10 +481,10 @@ class FlaxTwin:
             model: Any = self._model(case, as_configured=True)
             flax_impl.save(model, directory)
 
-    def loaded(self, directory: Path, dtype: DType | None = None) -> dict[str, npt.NDArray[Any]]:
+    def loaded(self, directory: Path, dtype: DType | None = None) -> tuple[ModelConfig, dict[str, npt.NDArray[Any]]]:
         with jax.enable_x64(True):  # for a model in float64; others stay what they are
-            leaves: dict[str, npt.NDArray[Any]] = flax_impl.export_weights(flax_impl.load(directory, dtype=dtype))
-            return leaves
+            model: Any = flax_impl.load(directory, dtype=dtype)
+            return model.config, flax_impl.export_weights(model)
 
     def fresh(self, case: Case, training: TrainingConfig) -> Arrays:
         with _x64(case):

@@ -123,7 +123,7 @@ class ModelWriter:
     def score(self, prompts: Array, continuations: Array, **options: Any) -> Array:
         native = {name: self._native(value) for name, value in options.items()}
         scores = self._generation.score(self._model, self._native(prompts), self._native(continuations), **native)
-        return scores.detach().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores)
+        return from_torch(scores) if isinstance(scores, torch.Tensor) else np.asarray(scores)
 
     def search(self, prompts: Array, **options: Any) -> Beams:
         found: Beams = self._beam.beam_search(self._model, prompts, bucket=self._bucket, **options)

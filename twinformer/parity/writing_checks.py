@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -20,22 +21,26 @@ from twinformer.parity import sampling_reference as reference
 from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison, FloatArray, compare, widened
 from twinformer.parity.decoders import Decoder
-from twinformer.parity.scenarios import PAD, SEED, Scenario, Search, Writing, scenarios, searches
+from twinformer.parity.scenarios import PAD, SEED, Scenario, Search, Writing, long_search, scenarios, searches
 from twinformer.parity.ties import compare_beams
 from twinformer.parity.twins import Twin
-from twinformer.parity.writers import Writer
+from twinformer.parity.writers import Array, Writer
 
 Problems = dict[str, list[str]]
+Flags = npt.NDArray[np.bool_]
 # values of logits after a processor, and log-probabilities
 BOUND = 1e-12
 # by how much scores of the same may differ, and choices tie: cached and full forward agree to 1e-13 of logits up to 100
 NOISE = 1e-10
+# in bfloat16: how many tokens are scored, and two roundings of the largest logit, which a compiler may leave out
+SCORED, LOW_BOUND = 6, 2.0**-7
 
 
 def written(
     twin: Twin, judge: Twin, case: Case, writing: Writing, which: str
 ) -> tuple[list[Comparison], Problems, int]:
-    """What one twin writes in the scenario of that name; also how many tokens were looked at."""
+    """What one twin writes in the scenario of that name, and once more with its rows in reverse, by the same generator;
+    also how many tokens were looked at."""
     comparisons: list[Comparison] = []
     problems: list[str] = []
     count = 0
@@ -45,42 +50,90 @@ def written(
             if scenario.name != which:
                 continue
             found = _generated(twin, case, writing, writer, scenario)
-            logits = _logits_under(judge, case, writing, found)
+            logits = _logits_under(judge, case, writing, found.tokens, _live(found))
             wrong = list(_check_tokens(writing, scenario, found, logits))
             problems += wrong
             count += int(found.lengths.sum())
+            if wrong:
+                continue
+            expected = _logprobs(found.tokens, _live(found), logits)
+            label = f"Generator (logprobs, {scenario.name}, {twin.name})"
+            comparisons.append(compare(label, found.logprobs, expected, bound=BOUND))
+            again = _generated_again(twin, case, writing, writer, scenario)
+            if not np.array_equal(again.tokens, found.tokens):
+                logits = _logits_under(judge, case, writing, again.tokens, _live(again))
+                expected = _logprobs(again.tokens, _live(again), logits)
+            wrong = [f"a second call, {text}" for text in _check_tokens(writing, scenario, again, logits)]
+            problems += wrong
             if not wrong:
-                label = f"Generator (logprobs, {scenario.name}, {twin.name})"
-                comparisons.append(compare(label, found.logprobs, _logprobs(found, logits), bound=BOUND))
+                label = f"Generator (logprobs, {scenario.name}, a second call, {twin.name})"
+                comparisons.append(compare(label, again.logprobs, expected, bound=BOUND))
     return comparisons, {"Generator": problems} if problems else {}, count
 
 
 def rescored(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[list[Comparison], Problems]:
-    """The greedy text once more: as a stream, and scored in one call."""
-    greedy = judge.once("ends", case, lambda: with_ends(judge, case, writing))[0]
+    """Both texts once more as streams; the greedy one, and what stands after its ends, scored in one call."""
+    asked = judge.once("ends", case, lambda: with_ends(judge, case, writing))
     with judge.writers(case) as make:
-        found = _generated(judge, case, writing, make(case), greedy)
-    live = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
-    expected = _logprobs(found, _logits_under(judge, case, writing, found))
+        texts = [_generated(judge, case, writing, make(case), one) for one in asked]
+    told = _told(texts[0])
+    expected = _logprobs(texts[0].tokens, told, _logits_under(judge, case, writing, texts[0].tokens, told))
+    problems: list[str] = []
     with twin.writers(case) as make:
         writer = make(case)
-        steps = twin.once(
-            f"stream {greedy.stop}",
-            case,
-            lambda: writer.stream(writing.prompts, **writing.options(), **greedy.options()),
-        )
+        for one, text in zip(asked, texts, strict=True):
+            steps = twin.once(
+                f"stream {one.name} {one.stop}",
+                case,
+                partial(writer.stream, writing.prompts, **writing.options(), **one.options()),
+            )
+            for what, place, wanted in (("tokens", 0, text.tokens), ("live rows", 1, _live(text))):
+                got = np.stack([step[place] for step in steps], 1)
+                if not np.array_equal(got, wanted):
+                    problems.append(
+                        f"stream ({one.name}): {what}: expected {wanted.tolist()}, got {got.tolist()}",
+                    )
         scored = twin.once(
-            f"score {greedy.stop}",
+            f"score {asked[0].stop}",
             case,
-            lambda: writer.score(writing.prompts, found.tokens, continuation_mask=live, **writing.options()),
+            lambda: writer.score(writing.prompts, texts[0].tokens, continuation_mask=told, **writing.options()),
         )
-    problems: list[str] = []
-    for what, place, wanted in (("tokens", 0, found.tokens), ("live rows", 1, live)):
-        got = np.stack([step[place] for step in steps], 1)
-        if not np.array_equal(got, wanted):
-            problems.append(f"stream: {what}: expected {wanted.tolist()}, got {got.tolist()}")
-    comparisons = [compare(f"score ({greedy.name}, {twin.name})", scored, expected, bound=BOUND)]
+    comparisons = [compare(f"score ({asked[0].name}, {twin.name})", scored, expected, bound=BOUND)]
     return comparisons, {"Generator.stream": problems} if problems else {}
+
+
+def _told(text: Generated) -> Flags:
+    """What is scored: two rows as they were written, two with what stands after their ends, but for a hole in each."""
+    told = _live(text)
+    told[1:3] = True
+    told[1, 0] = told[2, 1:2] = False
+    return told
+
+
+def scored_low(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[list[Comparison], Problems]:
+    """Scores of the model in bfloat16 are wide: of its own logits widened, and not rounded to what bfloat16 has."""
+    greedy = judge.once("ends", case, lambda: with_ends(judge, case, writing))[0]
+    with judge.writers(case) as make:
+        tokens = _generated(judge, case, writing, make(case), greedy).tokens[:, :SCORED]
+    low, real = case.in_dtype("bfloat16"), np.ones(tokens.shape, np.bool_)
+    with twin.writers(low) as make:
+        scored = twin.once(
+            f"score {greedy.stop} in bfloat16",
+            low,
+            lambda: make(low).score(writing.prompts, tokens, continuation_mask=real, **writing.options()),
+        )
+    if scored.dtype != np.float32:
+        return [], {"score": [f"score of a model in bfloat16: expected float32, got {scored.dtype}"]}
+    rows = np.arange(len(tokens))
+    full = dataclasses.replace(low, inputs=writing.inputs(rows, tokens, real))
+    output = twin.once("logits of what is scored", full, partial(twin.plain, full))
+    logits = np.take_along_axis(output, writing.places(rows, real)[..., None], 1)
+    label, largest = f"score (bfloat16, {twin.name})", float(np.abs(output).max())
+    comparison = compare(label, widened(scored), _logprobs(tokens, real, logits), bound=LOW_BOUND, scale=largest)
+    told = scored[scored != 0]
+    if told.size and np.array_equal(told, told.astype(ml_dtypes.bfloat16).astype(np.float32)):
+        return [comparison], {"score": ["score of a model in bfloat16: expected float32, got numbers of bfloat16"]}
+    return [comparison], {}
 
 
 def _generated(twin: Twin, case: Case, writing: Writing, writer: Writer, scenario: Scenario) -> Generated:
@@ -90,6 +143,17 @@ def _generated(twin: Twin, case: Case, writing: Writing, writer: Writer, scenari
         lambda: writer.generate(writing.prompts, **writing.options(), **scenario.options()),
     )
     return found
+
+
+def _generated_again(twin: Twin, case: Case, writing: Writing, writer: Writer, scenario: Scenario) -> Generated:
+    """By a generator that has written before, with the last row first; given back with the first row first."""
+    prompts, asked = writing.in_reverse(), scenario.in_reverse()
+    found: Generated = twin.once(
+        f"write {scenario.name} {scenario.stop} in reverse",
+        case,
+        lambda: writer.generate(prompts.prompts, **prompts.options(), **asked.options()),
+    )
+    return Generated(**{name: part[::-1] for name, part in vars(found).items()})
 
 
 def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
@@ -104,24 +168,36 @@ def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
     # sequences end the first two rows, a token the third; the last goes on for as long as it can
     early, last = {*drawn[0, :3].tolist(), *drawn[1, :5].tolist()}, drawn[3].tolist()
     able = [token for token in drawn[2, 3:].tolist() if token not in early] or drawn[2, -1:].tolist()
-    ending = (max(able, key=lambda token: last.index(token) if token in last else len(last)),)
+    ending = max(able, key=lambda token: _first(token, last))
+    # another stop token stands before it, which ends no row before it does, the last one as late as may be
+    taken = early | set(drawn[2].tolist()[: drawn[2].tolist().index(ending) + 1])
+    others = [token for token in range(case.config.vocab_size) if token not in taken]
+    tokens = (*(max(others, key=lambda token: _first(token, last)) for _ in others[:1]), ending)
     # the last of these stands across the prompt's end and what is written, where nothing ends
     across = (int(writing.prompts[3, -1]), int(drawn[3, 0]))
     sequences = (tuple(map(int, drawn[0, 1:3])), tuple(map(int, drawn[1, 2:5])), across)
     return [
         greedy.ending(StopConfig(tokens=stop)),
-        sampled.ending(StopConfig(tokens=ending, sequences=tuple(one for one in sequences if one))),
+        sampled.ending(StopConfig(tokens=tokens, sequences=tuple(one for one in sequences if one))),
     ]
 
 
-def _logits_under(judge: Twin, case: Case, writing: Writing, found: Generated) -> FloatArray:
-    """Of every token that was written, ``[B, M, V]``: what the model gives for it in one call."""
-    B, M = found.tokens.shape
-    live = np.arange(M) < found.lengths[:, None]
-    tokens = np.where(live, found.tokens, 0)
+def _first(token: int, tokens: Sequence[int]) -> int:
+    """Where a token stands first; their number where it does not."""
+    return tokens.index(token) if token in tokens else len(tokens)
+
+
+def _live(found: Generated) -> Flags:
+    """What a generator wrote before each row's end."""
+    return np.arange(found.tokens.shape[1]) < found.lengths[:, None]
+
+
+def _logits_under(judge: Twin, case: Case, writing: Writing, tokens: Array, real: Flags) -> FloatArray:
+    """Of every token after the prompts, ``[B, M, V]``: what the model gives for it in one call."""
+    rows = np.arange(len(tokens))
     with judge.decoders(case) as make:
-        output = widened(make(case).full(writing.inputs(np.arange(B), tokens, live))[0])
-    return np.take_along_axis(output, writing.places(np.arange(B), live)[..., None], 1)
+        output = widened(make(case).full(writing.inputs(rows, np.where(real, tokens, 0), real))[0])
+    return np.take_along_axis(output, writing.places(rows, real)[..., None], 1)
 
 
 def _check_tokens(writing: Writing, scenario: Scenario, found: Generated, logits: FloatArray) -> list[str]:
@@ -165,11 +241,10 @@ def _expected(scenario: Scenario, b: int, t: int, logits: FloatArray, seen: npt.
     return reference.draw(x, uniform), reference.draw_margin(x, uniform)
 
 
-def _logprobs(found: Generated, logits: FloatArray) -> FloatArray:
-    """Of every token that was written, 0 after a row's end."""
-    live = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
-    chosen = np.where(live, found.tokens, 0)[..., None]
-    return np.where(live, np.take_along_axis(reference.log_softmax(logits), chosen, -1)[..., 0], 0.0)
+def _logprobs(tokens: Array, real: Flags, logits: FloatArray) -> FloatArray:
+    """Of every token that is real, 0 elsewhere."""
+    chosen = np.where(real, tokens, 0)[..., None]
+    return np.where(real, np.take_along_axis(reference.log_softmax(logits), chosen, -1)[..., 0], 0.0)
 
 
 # ---- beams
@@ -188,7 +263,29 @@ def searched(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[Pro
         for b, best in enumerate(expected):
             count += len(best)
             problems += _check_beams(f"{search.name}, row {b}", search, found, b, best)
+    long = long_search(case.config, writing)
+    if long is not None:
+        asked = _weighted(case, long)
+        found = twin.once(f"search {long.name}", asked, partial(_search, twin, asked, writing, long))
+        count += int((found.lengths > 0).sum())
+        problems += _check_sums(judge, asked, writing, long, found)
     return {"beam_search": problems} if problems else {}, count
+
+
+def _check_sums(judge: Twin, case: Case, writing: Writing, search: Search, found: Beams) -> list[str]:
+    """Whether hypotheses are as likely as a search says, by one full forward: too long to be searched for by hand."""
+    problems = []
+    for i in range(search.beam.num_best):
+        tokens = found.tokens[:, i]
+        real = np.arange(tokens.shape[1]) < found.lengths[:, i, None]
+        sums = _logprobs(tokens, real, _logits_under(judge, case, writing, tokens, real)).sum(1)
+        for b, total in enumerate(sums):
+            label, length = f"{search.name}, row {b}, rank {i}", int(found.lengths[b, i])
+            if length != search.new:
+                problems.append(f"{label}: expected {search.new} tokens where nothing ends it, got {length}")
+            if not abs(float(found.logprobs[b, i]) - total) <= NOISE * max(1.0, abs(total)):
+                problems.append(f"{label}: expected the sum {total:.12g}, got {found.logprobs[b, i]:.12g}")
+    return problems
 
 
 def _search(twin: Twin, case: Case, writing: Writing, search: Search) -> Beams:
@@ -219,7 +316,7 @@ def by_hand(judge: Twin, case: Case, writing: Writing, search: Search) -> list[l
                 max_new_tokens=search.new,
                 beam=search.beam,
                 stop=search.stop,
-                allowed=search.allowed[0],
+                allowed=search.allowed[b % len(search.allowed)],
             )
             for b in range(len(writing.prompts))
         ]

@@ -30,6 +30,8 @@ BOUND = 1e-5
 # what is left of an update with rate 1 in the difference of two float32 weights, the largest of which are about 30
 MOVE_BOUND = 1e-3
 _DECAY = 0.5
+# what a loss is divided by comes back to it: not 1
+_COTANGENT = 0.375
 # the rate of the first step is the peak, without a warm-up
 TRAINING = TrainingConfig(
     optimizer=OptimizerConfig(name="sgd", momentum=0.5, weight_decay=0.0, clip_norm=None, ema_decay=_DECAY),
@@ -64,10 +66,10 @@ def losses(twin: Twin) -> list[Comparison]:
         logits = (rng.standard_normal(shape) * 6).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         for smoothing, z_loss in ((0.0, 0.0), (0.1, 1e-3)):
             label = f"({dtype}, smoothing={smoothing:g}, z_loss={z_loss:g}, {twin.name})"
-            total, slope = twin.loss(logits, batch, smoothing, z_loss)
+            total, slope = twin.loss(logits, batch, smoothing, z_loss, _COTANGENT)
             expected, by_hand = cross_entropy(widened(logits), batch, smoothing, z_loss)
             found.append(compare(f"loss of logits {label}", total, np.array(expected), bound=BOUND))
-            found.append(compare(f"gradient of logits {label}", slope, by_hand, bound=rounding + BOUND))
+            found.append(compare(f"gradient of logits {label}", slope, _COTANGENT * by_hand, bound=rounding + BOUND))
     return found
 
 
@@ -97,6 +99,15 @@ def of_twin(twin: Twin, whole: Case) -> list[Comparison]:
         for path, move in _moves(together, case).items()
     ]
     averages, masters = _slot(together, "ema"), _slot(together, "master")
+    found += [
+        compare(
+            f"parameter of {path} ({twin.name})",
+            widened(together.exported[f"parameters/{path}"]),
+            widened(master.astype(np.float32).astype(ml_dtypes.bfloat16)),
+            bound=0.0,
+        )
+        for path, master in masters.items()
+    ]
     found += [
         compare(
             f"average of {path} ({twin.name})",

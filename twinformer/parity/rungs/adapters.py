@@ -9,14 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 
 from twinformer.data.batch import Batch
 from twinformer.initializers import stream
 from twinformer.learning import LoraConfig
+from twinformer.parity.case import Case
+from twinformer.parity.compare import Comparison, compare, widened
 from twinformer.parity.cut import describe
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import training
+from twinformer.parity.training_runs import merged
+from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung, does_not_apply
 
 STEPS = 4
@@ -29,10 +34,42 @@ def check(evidence: Evidence) -> Rung:
     if not whole.config.predicts_tokens:
         return does_not_apply("the model predicts no tokens")
     case, batches = training.prepared(whole)
-    plan = dataclasses.replace(training.TRAINING, lora=LORA, smoothing=0.0)
-    rung = training.judged(evidence, case, plan, _restricted(batches[:STEPS], case.config.vocab_size))
+    plan = dataclasses.replace(training.TRAINING, lora=LORA, smoothing=0.0, accumulation=1)
+    single = [micro_batches[:1] for micro_batches in batches[:STEPS]]
+    rung = training.judged(evidence, case, plan, _restricted(single, case.config.vocab_size))
+    merging = [one for twin in evidence.twins for one in _merged(twin, case.in_dtype("bfloat16"))]
+    rung.comparisons += merging
+    if rung.verdict == "agree" and not all(one.agrees for one in merging):
+        rung.verdict, rung.culprits = "differ", ["merged weights"]
+        rung.problems += [one.describe() for one in merging if not one.agrees]
     rung.notes += describe(case.config, whole.config)
     return rung
+
+
+def _merged(twin: Twin, case: Case) -> list[Comparison]:
+    """In bfloat16: ``W + alpha / rank · B A`` is rounded once, not the product first."""
+    plan = dataclasses.replace(
+        training.TRAINING, lora=LORA, optimizer=dataclasses.replace(training.TRAINING.optimizer, ema_decay=None)
+    )
+    (fresh,) = twin.train(case, plan, [[]], evaluate=False)
+    state, adapters = dict(fresh.exported), {}
+    for name in [name for name in state if name.startswith("parameters/")]:
+        path = name.removeprefix("parameters/")
+        drawn = stream(0, f"adapters/{path}").normal(0, 0.5, state[name].shape).astype(state[name].dtype)
+        state[name], adapters[path] = drawn, widened(drawn)
+        state[f"optimizer/master/{path}"] = drawn.astype(np.float32)
+    (again,) = twin.train(case, plan, [[]], evaluate=False, begin=state)
+    exact = merged({path: widened(tensor) for path, tensor in case.tensors.items()}, adapters, LORA)
+    found = []
+    for path in (path for path in exact if LORA.adapts(path)):
+        nearest = widened(exact[path].astype(ml_dtypes.bfloat16))
+        got = again.weights[path]
+        # where two numbers are equally near but for rounding in float32, either will do
+        is_tie = np.abs(got - exact[path]) <= np.abs(nearest - exact[path]) + 1e-6 * np.abs(exact[path]).max()
+        found.append(
+            compare(f"merged {path} (bfloat16, {twin.name})", np.where(is_tie, nearest, got), nearest, bound=0.0)
+        )
+    return found
 
 
 def _restricted(batches: Sequence[Sequence[Batch]], vocab_size: int) -> list[list[Batch]]:

@@ -1,7 +1,8 @@
-"""Rung 8, continued: which hypotheses a beam keeps; the greedy text, as a stream, and its scores.
+"""Rung 8, continued: which hypotheses a beam keeps; the texts as streams, and what is scored.
 
 Both twins search with the case's model and both length penalties, against the reference's own search, which asks for
-one full forward in each step. With all weights zero every continuation ties, and only the order decides.
+one full forward in each step. With all weights zero every continuation ties, and only the order decides. Where the
+context has room a search goes on beyond the first block of slots: then its sums are held against a full forward.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs.sampling import add, prepared, verdict
 from twinformer.parity.verdict import Rung, does_not_apply
-from twinformer.parity.writing_checks import Problems, rescored, searched, written
+from twinformer.parity.writing_checks import Problems, rescored, scored_low, searched, written
 
 
 def check(evidence: Evidence) -> Rung:
@@ -28,12 +29,13 @@ def check(evidence: Evidence) -> Rung:
         wrong, count = searched(twin, evidence.twins[0], case, writing)
         add(problems, twin.name, wrong)
         hypotheses += count
-        evidence.progress(f"{twin.name}: greedy, as a stream, and scored")
+        evidence.progress(f"{twin.name}: greedy, as streams, and scored")
         figures, wrong, count = written(twin, evidence.twins[0], case, writing, "greedy")
         comparisons += figures
         add(problems, twin.name, wrong)
         tokens += count
-        figures, wrong = rescored(twin, evidence.twins[0], case, writing)
-        comparisons += figures
-        add(problems, twin.name, wrong)
+        for ask in (rescored, scored_low):
+            figures, wrong = ask(twin, evidence.twins[0], case, writing)
+            comparisons += figures
+            add(problems, twin.name, wrong)
     return verdict(f"{hypotheses} hypotheses, {tokens} tokens written", comparisons, problems, case, whole)

@@ -27,7 +27,16 @@ _TOKENS = ("tokens", "source", "target")
 
 def check(evidence: Evidence) -> Rung:
     """Compare outputs, blocks and every parameter's gradient for each call in float64."""
-    return compared(evidence, calls(evidence.case.in_dtype("float64")))
+    case = evidence.case.in_dtype("float64")
+    rung = compared(evidence, calls(case))
+    masked = _float_mask(evidence, case)
+    rung.comparisons += masked
+    wrong = [one for one in masked if not one.agrees]
+    if wrong:
+        rung.verdict = "differ"
+        rung.problems += [one.describe() for one in wrong]
+        rung.culprits += [path for one in wrong if (path := one.name.partition(" (")[0]) not in rung.culprits]
+    return rung
 
 
 def compared(evidence: Evidence, called: Mapping[str, Case]) -> Rung:
@@ -66,6 +75,28 @@ def compared(evidence: Evidence, called: Mapping[str, Case]) -> Rung:
     return rung
 
 
+def _float_mask(evidence: Evidence, case: Case) -> list[Comparison]:
+    """The first self-attention with a mask that is added, beside whatever else is added; -inf hides."""
+    recorded = evidence.twins[0].record(case, gradients=False)
+    call = next((one for one in recorded if one.kind == "AttentionLayer" and ".cross_" not in f".{one.path}"), None)
+    if call is None:
+        return []
+    X = call.arguments[0][:, :_LENGTH]
+    T = X.shape[1]
+    rng = stream(0, "calls/mask")
+    mask = np.where((rng.random((T, T)) < 0.3) & ~np.eye(T, dtype=bool), -np.inf, rng.normal(0, 2, (T, T)))
+    options = {
+        name: value for name, value in call.options.items() if name in ("bias", "positions") and value is not None
+    }
+    if "bias" in options:
+        options["bias"] = options["bias"][..., :T, :T]
+    if "positions" in options:
+        options["positions"] = options["positions"][:, :T]
+    given = dataclasses.replace(call, arguments=(X,), options=options | {"mask": mask})
+    ours, theirs = (twin.replay(case, [given], gradients=False)[0].output for twin in evidence.twins)
+    return [compare(f"{call.path} (a mask that is added)", ours, theirs, bound=forward.BOUND)]
+
+
 def calls(case: Case) -> dict[str, Case]:
     """The case cut to its first tokens: nothing but tokens, positions in no order, several documents in a row."""
     names = [name for name in _TOKENS if name in case.inputs]
@@ -76,23 +107,27 @@ def calls(case: Case) -> dict[str, Case]:
     places: Arrays = {}
     for name in names:
         where = "positions" if name == "tokens" else f"{name}_positions"
-        rows = len(plain[name])
-        places[where] = stream(0, f"calls/{where}").integers(
-            0, case.config.context_length, (rows, plain[name].shape[1])
-        )
+        places[where] = stream(0, f"calls/{where}").integers(0, case.config.context_length, plain[name].shape)
     types = {name: value[:, :_LENGTH] for name, value in case.inputs.items() if name == "token_types"}
     placed = dataclasses.replace(short, inputs=plain | masks | places | types)
     found = {"tokens only": short, "positions given": placed}
+    if names == ["tokens"]:
+        of_all = {name: value[:1] for name, value in places.items()}
+        found["positions and no mask"] = dataclasses.replace(short, inputs=plain | of_all | types)
+    else:
+        source = {name: mask for name, mask in masks.items() if name.startswith("source")}
+        found["positions and the source's mask"] = dataclasses.replace(short, inputs=plain | places | source)
     if names == ["tokens"] and case.config.head not in ("pooled", "sequence"):
         packed = plain | types | {"segments": _documents(*plain["tokens"].shape)}
         found["documents in a row"] = dataclasses.replace(short, inputs=packed)
+        found["documents with positions"] = dataclasses.replace(short, inputs=packed | places)
     return found
 
 
 def _documents(rows: int, length: int) -> npt.NDArray[np.int64]:
     """``[rows, length]``: three documents in the first row, two in the next, and so on; then padding, or none.
 
-    Numbers fall and rise from one document to the next: they are names.
+    Numbers fall and rise from one document to the next: they are names. The first document of a row has a hole.
     """
     found = np.zeros((rows, length), np.int64)
     for row in range(rows):
@@ -100,4 +135,6 @@ def _documents(rows: int, length: int) -> npt.NDArray[np.int64]:
         ends = np.linspace(0, length - row % 2, count + 1).astype(int)
         for number, begin, end in zip((5, 2, 9), ends[:-1], ends[1:], strict=False):
             found[row, begin:end] = number
+        if row % 2 == 0 and length > 4:
+            found[row, 2] = 0
     return found

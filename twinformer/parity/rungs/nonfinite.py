@@ -18,7 +18,7 @@ from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import Comparison, compare, set_problems
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs.forward import BOUND
-from twinformer.parity.twins import Run
+from twinformer.parity.twins import Call, Run
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 
 # what the poisoned row of the embedding table begins with
@@ -68,8 +68,8 @@ def check(evidence: Evidence) -> Rung:
         ]
     overflowing = _overflowing(evidence, case)
     rung = rung_of(f"{len(comparisons)} tensors with NaN, inf and -inf about", [*comparisons, *overflowing], problems)
-    if all(one.agrees for one in comparisons) and not problems:  # it was called by itself
-        rung.culprits = [one.name.partition(" (")[0] for one in overflowing if not one.agrees]
+    # it was called by itself
+    rung.culprits = list(dict.fromkeys(one.name.partition(" (")[0] for one in overflowing if not one.agrees))
     return rung
 
 
@@ -83,6 +83,28 @@ def _overflowing(evidence: Evidence, case: Case) -> list[Comparison]:
     call = next((one for one in recorded if one.kind == "AttentionLayer" and ".cross_" not in f".{one.path}"), None)
     if call is None:
         return []
+    found = [_large_value(evidence, case, call)]
+    if case.config.qk_norm == "none":  # a norm would take the size away again
+        found.append(_large_score(evidence, case, call))
+    return found
+
+
+def _large_score(evidence: Evidence, case: Case, call: Call) -> Comparison:
+    """A hidden key whose score with every query is infinite, though both are finite: it stays hidden."""
+    X = call.arguments[0].copy()
+    middle = X.shape[1] // 2
+    X[:, middle] *= 1e160
+    matrix = f"{call.path}.query.weight"
+    large = dataclasses.replace(case, tensors=case.tensors | {matrix: case.tensors[matrix] * 1e160})
+    hides = np.arange(X.shape[1]) != middle
+    given = dataclasses.replace(
+        call, arguments=(X,), options={"mask": np.broadcast_to(hides, (X.shape[1],) * 2).copy()}
+    )
+    ours, theirs = (twin.replay(large, [given], gradients=False)[0].output for twin in evidence.twins)
+    return compare(f"{call.path} (score of a hidden key overflows)", ours, theirs, bound=BOUND)
+
+
+def _large_value(evidence: Evidence, case: Case, call: Call) -> Comparison:
     path, X = f"{call.path}.value.weight", call.arguments[0].copy()
     matrix = np.zeros_like(case.tensors[path])
     matrix[1:] = case.tensors[path][1:]
@@ -91,7 +113,7 @@ def _overflowing(evidence: Evidence, case: Case) -> list[Comparison]:
     given = dataclasses.replace(call, arguments=(X, *call.arguments[1:]))
     large = dataclasses.replace(case, tensors=case.tensors | {path: matrix})
     ours, theirs = (twin.replay(large, [given], gradients=False)[0].output for twin in evidence.twins)
-    return [compare(f"{call.path} (values of a token overflow)", ours, theirs, bound=BOUND)]
+    return compare(f"{call.path} (values of a token overflow)", ours, theirs, bound=BOUND)
 
 
 def _poisoned(case: Case, names: Sequence[str]) -> tuple[Case, Case, Case]:

@@ -7,7 +7,7 @@ from step to step by powers of ten, so that clipping is active in some steps and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -30,8 +30,19 @@ _SCALES = (0, 1, -2, -1, 2, -4, 0, -8, 1, 0)
 CONFIGS = {
     "adamw": OptimizerConfig(name="adamw", weight_decay=0.1, ema_decay=0.9),
     "sgd": OptimizerConfig(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.1),
-    "sgd without a look ahead": OptimizerConfig(name="sgd", momentum=0.9, nesterov=False, weight_decay=0.1),
-    "adafactor": OptimizerConfig(name="adafactor", weight_decay=0.1),
+    "sgd without a look ahead": OptimizerConfig(
+        name="sgd", momentum=0.8, nesterov=False, weight_decay=0.1, decay="all", clip_norm=None
+    ),
+    # no choice as it is where nobody makes one
+    "adafactor": OptimizerConfig(
+        name="adafactor",
+        weight_decay=0.1,
+        decay="all",
+        decay_rate=0.7,
+        eps_gradient=1e-6,
+        eps_parameter=0.3,
+        clip_threshold=0.25,
+    ),
 }
 SCHEDULE = ScheduleConfig(name="cosine", peak=1e-2, warmup_steps=3, total_steps=STEPS, final_fraction=0.1)
 
@@ -62,10 +73,13 @@ def check(evidence: Evidence) -> Rung:
                 if path in theirs
             ]
         comparisons += [found for twin in evidence.twins for found in _low(twin.name, name, config, gradients, rates)]
+    for twin in evidence.twins:
+        problems += _not_finite(twin.name, gradients, rates)
     checked = f"{len(CONFIGS)} optimizers, {STEPS} steps, {len(comparisons)} updates"
     rung = rung_of(checked, comparisons, problems)
     if rung.verdict == "differ":
         wrong = [one.name.partition("(")[2].partition(",")[0] for one in comparisons if not one.agrees]
+        wrong = wrong or ["clipping"]
         rung.culprits = list(dict.fromkeys(wrong))
     if rows is not None:
         rung.notes.append(f"of {total:,} parameters the first {rows} rows of each matrix were stepped")
@@ -87,6 +101,21 @@ def _low(
         compare(f"update of {path} ({name} in float32, {twin})", leaf.astype(np.float64), exact[path], bound=LOW_BOUND)
         for path, leaf in low.items()
     ]
+
+
+def _not_finite(twin: str, gradients: Sequence[Leaves], rates: Sequence[float]) -> Iterator[str]:
+    """One gradient that is not finite makes the norm so: everything is lost, not one leaf, and nothing goes on."""
+    few = {leaf.ndim: path for path, leaf in reversed(gradients[0].items())}
+    if len(few) < 2:
+        return
+    for bad in (np.nan, np.inf):
+        given = {path: gradients[0][path].copy() for path in few.values()}
+        next(iter(given.values())).flat[0] = bad
+        nothing = {path: np.zeros_like(leaf) for path, leaf in given.items()}
+        for path, leaf in steps(twin, OptimizerConfig(), nothing, [given], rates[-2:-1])[1].items():
+            if not np.isnan(leaf).all():
+                left = int((~np.isnan(leaf)).sum())
+                yield f"update of {path} (adamw, {twin}): expected NaN for a gradient with {bad}, got {left} others"
 
 
 def _gradients(leaves: Leaves, step: int) -> Leaves:

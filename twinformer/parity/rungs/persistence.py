@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from twinformer.checkpoint import read_model
-from twinformer.config import DType
+from twinformer.config import DType, ModelConfig
 from twinformer.parity.case import Arrays, Case, with_all_digits
 from twinformer.parity.compare import Comparison, compare, set_problems
 from twinformer.parity.evidence import Evidence
@@ -50,12 +50,18 @@ def check(evidence: Evidence) -> Rung:
                     found = _loaded(f"{saver.name}, as bfloat16", saver.loaded(directory, "bfloat16"), other)
                     comparisons, problems = comparisons + found[0], problems + found[1]
                     ways += 1
-    return rung_of(f"{ways} ways, {len(comparisons)} tensors", comparisons, problems)
+    rung = rung_of(f"{ways} ways, {len(comparisons)} tensors", comparisons, problems)
+    told = [problem.partition(": ")[0] for problem in problems]
+    told += [one.name.rpartition(" (")[2].rstrip(")") for one in comparisons if not one.agrees]
+    rung.culprits = list(dict.fromkeys(told))  # which ways
+    return rung
 
 
-def _loaded(label: str, leaves: Arrays, case: Case) -> tuple[list[Comparison], list[str]]:
-    """What was loaded against the case: the same leaves, dtypes and bits."""
-    problems = [
+def _loaded(label: str, model: tuple[ModelConfig, Arrays], case: Case) -> tuple[list[Comparison], list[str]]:
+    """What was loaded against the case: the same configuration, leaves, dtypes and bits."""
+    config, leaves = model
+    problems = [] if config == case.config else [f"{label}: the model's configuration is another one"]
+    problems += [
         f"{label}: {problem}"
         for problem in set_problems("parameter", leaves, case.tensors, ("the loaded model", "the case"))
     ]

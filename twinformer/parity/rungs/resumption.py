@@ -9,6 +9,7 @@ step of it is compared too.
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from twinformer.data.batch import Batch
 from twinformer.learning import OptimizerConfig
 from twinformer.parity.case import Arrays, Case
-from twinformer.parity.compare import Comparison
+from twinformer.parity.compare import Comparison, compare, widened
 from twinformer.parity.cut import describe
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import training as rung_6
@@ -54,8 +55,10 @@ def check(evidence: Evidence) -> Rung:
                 found = [dataclasses.replace(one, bound=0.0) for one in found]
             comparisons += found
     found, wrong = _factors(evidence, case, lessons[:1])
-    comparisons, problems = comparisons + found, problems + wrong
+    comparisons, problems = comparisons + found + _masters(evidence, whole, lessons[:1]), problems + wrong
     rung = rung_of(f"4 ways, {len(comparisons)} figures", comparisons, problems)
+    told = [one.name.rpartition(" (")[2].rstrip(")") for one in comparisons if not one.agrees]
+    rung.culprits = list(dict.fromkeys(re.sub(r"^step \d+, ", "", label) for label in told))  # which ways
     rung.notes += describe(case.config, whole.config)
     return rung
 
@@ -71,6 +74,24 @@ def _factors(evidence: Evidence, case: Case, lessons: list[list[Batch]]) -> tupl
     label = f"adafactor, {first}, {second}"
     kept = [one for one in rung_6.compared(label, ours, theirs) if one.name.startswith(_FACTORS)]
     return kept, rung_6.state_problems(label, ours, theirs, (first, second))
+
+
+def _masters(evidence: Evidence, whole: Case, lessons: list[list[Batch]]) -> list[Comparison]:
+    """In bfloat16 a state has more digits than its parameters: read and written again by either twin, it keeps them."""
+    case = rung_6.prepared(whole)[0].in_dtype("bfloat16")
+    found = []
+    for saver in evidence.twins:
+        (run,) = saver.train(case, rung_6.TRAINING, [lessons], evaluate=False)
+        kept = _through_a_file(run.exported)
+        for reader in evidence.twins:
+            (again,) = reader.train(case, rung_6.TRAINING, [[]], evaluate=False, begin=kept)
+            found += [
+                compare(
+                    f"{name} (bfloat16, {saver.name} to {reader.name})", widened(leaf), widened(kept[name]), bound=0.0
+                )
+                for name, leaf in again.exported.items()
+            ]
+    return found
 
 
 def _through_a_file(state: Arrays) -> Arrays:

@@ -45,7 +45,7 @@ TRAINING = TrainingConfig(
 )
 # of a model without dropout, in one place: which keys go where is asked by the rung of dropout, here to which step
 _RATES = {"dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.2}
-_TOLD = ("count", "learning_rate", "loss", "gradient_norm")
+_TOLD = ("step", "count", "learning_rate", "loss", "gradient_norm")
 
 
 def check(evidence: Evidence) -> Rung:
@@ -193,7 +193,7 @@ def state_problems(label: str, one: Trained, other: Trained, sides: tuple[str, s
 
 # ---- what parted first
 
-_ORDER = ("count", "learning rate", "loss", "gradient norm", "update of ", "optimizer/", "saved ", "evaluation")
+_ORDER = ("step", "count", "learning rate", "loss", "gradient norm", "update of ", "optimizer/", "saved ", "evaluation")
 
 
 def _when(one: Comparison) -> tuple[int, int]:
