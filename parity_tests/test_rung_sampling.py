@@ -16,7 +16,7 @@ from twinformer.parity import sampling_reference as reference
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import beams, sampling
 from twinformer.parity.sampling_tables import CHAINS, HOPELESS, TABLES, UNIFORMS
-from twinformer.parity.scenarios import BEAMS, searches, writing_for
+from twinformer.parity.scenarios import BEAMS, BLOCK, PROMPT, long_search, searches, writing_for
 from twinformer.parity.twins import TorchTwin
 from twinformer.presets import preset
 
@@ -171,6 +171,17 @@ def test_searches_have_both_penalties_and_ties():
     assert {search.weights for search in asked} == {"plain", "flat", "zero"}
     assert {search.beam.shrink for search in asked} == {True, False}
     assert len({(beam.width, beam.num_best) for beam in BEAMS.values()}) == 1
+    assert any((search.allowed[0] != search.allowed[1]).any() for search in asked)
+
+
+def test_a_long_search_where_there_is_room():
+    """So long that something is left to move beyond the first block of slots."""
+    config = small("llama").config
+    assert long_search(config, writing_for(config)) is None
+    config = config.replace(context_length=96)
+    search = long_search(config, writing_for(config))
+    assert search.new > BLOCK
+    assert search.new + PROMPT <= 96
 
 
 # ---- agreement
@@ -182,7 +193,7 @@ def test_both_twins_write_alike():
     assert rung.checked.startswith("24 rows of logits, ")
     names = {one.name for one in rung.comparisons}
     for twin in ("torch_impl", "flax_impl"):
-        assert f"Generator (logprobs, sampled, {twin})" in names
+        assert {f"Generator (logprobs, sampled{again}, {twin})" for again in ("", ", a second call")} <= names
 
 
 def test_both_twins_search_alike():
@@ -192,6 +203,7 @@ def test_both_twins_search_alike():
     names = {one.name for one in rung.comparisons}
     for twin in ("torch_impl", "flax_impl"):
         assert {f"Generator (logprobs, greedy, {twin})", f"score (greedy, {twin})"} <= names
+        assert f"score (bfloat16, {twin})" in names
 
 
 @pytest.mark.parametrize(
@@ -231,6 +243,9 @@ def test_scenarios_end_at_different_places():
     for one in found:
         assert one.finished.any()
         assert len(set(one.lengths.tolist())) > 1
+    assert len(sampled.stop.tokens) > 1
+    last = [row[length - 1] for row, length in zip(found[1].tokens, found[1].lengths, strict=True)]
+    assert set(last) & set(sampled.stop.tokens[1:])
 
 
 # ---- it can fail
@@ -255,6 +270,12 @@ DEFINITIONS = {
     "T120": "Generator",
     "T121": "Generator",
     "T122": "Generator",
+    "T163": "Generator",
+    "T164": "Generator",
+    "T168": "Generator",
+    "T169": "Generator",
+    "T170": "greedy",
+    "T171": "draw",
 }
 SEARCHES = {
     "C8": "beam_search",
@@ -265,6 +286,13 @@ SEARCHES = {
     "T126": "beam_search",
     "T127": "beam_search",
     "T128": "beam_search",
+    "T160": "Generator.stream",
+    "T161": "Generator.stream",
+    "T162": "score",
+    "T165": "beam_search",
+    "T166": "score",
+    "T167": "beam_search",
+    "T172": "score",
 }
 
 
@@ -369,11 +397,12 @@ def moved(name, place, off):
         ),
         (beams, "score", lambda found: found * (1 + 1e-11), "score"),
         (beams, "stream", lambda steps: [(tokens + 1, live) for tokens, live in steps], "Generator.stream"),
-        (beams, "stream", lambda steps: [(tokens, ~live) for tokens, live in steps], "Generator.stream"),
+        (beams, "stream sampled", lambda steps: [(tokens, ~live) for tokens, live in steps], "Generator.stream"),
+        (beams, "search long", moved("logprobs", (0, 1), 1e-7), "beam_search"),
     ],
 )
 def test_little_is_enough(rung, what, change, named):
-    case = small("textbook-decoder")
+    case = small("textbook-decoder", context_length=80 if what == "search long" else 32)
     found = rung.check(Evidence(case, (TorchTwin(), Changed(what, change))))
     assert found.verdict == "differ"
     assert found.culprits == [named]
