@@ -82,6 +82,9 @@ def _quiet() -> Iterator[None]:
     """PyTorch's compiler warns of what it uses itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", ".*autograd.function.Function.* should not be instantiated", DeprecationWarning
+        )
         yield
 
 
