@@ -255,21 +255,15 @@ def test_places_stay_where_they_are(twin, architecture, bucket):
     assert searched.tokens[:, 0].tolist() == written.tokens.tolist()
 
 
+def _minute(**choices):
+    sizes = {"vocab_size": 9, "model_dim": 4, "key_dim": 2, "hidden_dim": 4, "num_heads": 1, "num_layers": 1}
+    return ModelConfig(architecture="decoder", positions="learned", **sizes, **choices)
+
+
 @both
 def test_no_more_places_than_the_context_has(twin):
     """Two tokens after six places of padding need eight."""
-    config = ModelConfig(
-        architecture="decoder",
-        vocab_size=9,
-        context_length=8,
-        model_dim=4,
-        key_dim=2,
-        hidden_dim=4,
-        num_heads=1,
-        num_layers=1,
-        positions="learned",
-        position_counting="places",
-    )
+    config = _minute(context_length=8, position_counting="places")
     generator = twin.file("generation").Generator(twin.file("models").build(config))
     prompts, real = np.ones((1, 7), np.int64), np.arange(7)[None] >= 6
     assert generator(prompts, padding_mask=real, max_new_tokens=1).tokens.shape == (1, 1)
@@ -280,19 +274,7 @@ def test_no_more_places_than_the_context_has(twin):
 @both
 def test_the_last_token_that_is_scored_needs_no_place(twin):
     """As the last that is written needs none: what is written in a full context can be scored."""
-    config = ModelConfig(
-        architecture="decoder",
-        vocab_size=9,
-        context_length=6,
-        model_dim=4,
-        key_dim=2,
-        hidden_dim=4,
-        num_heads=1,
-        num_layers=1,
-        positions="learned",
-        param_dtype="float64",
-        compute_dtype="float64",
-    )
+    config = _minute(context_length=6).with_dtype("float64")
     model = twin.file("models").build(config)
     score = twin.file("generation").score
     prompts, others = np.array([[1, 2], [4, 5]]), np.array([[3, 4, 5, 6, 7], [1, 2, 3, 4, 8]])

@@ -14,10 +14,12 @@ import torch_impl
 from twinformer.learning import OptimizerConfig
 from twinformer.parity import CannotJudgeError, judge, random_case, stepping, twins
 from twinformer.parity.case import telling_inputs
+from twinformer.parity.compare import compare
 from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import BY_DEFAULT, LADDER, forward, gradients, parameters, precision
 from twinformer.parity.twins import FlaxTwin, TorchTwin
+from twinformer.parity.verdict import rung_of
 from twinformer.presets import PRESETS, preset
 
 
@@ -362,3 +364,15 @@ def test_low_precision_is_compiled_as_users_have_it(case, monkeypatch):
     FlaxTwin().run(case.in_dtype("float64"), detail="blocks")
     stepping.steps("flax_impl", OptimizerConfig(), weights, [weights], [0.1], "float64")
     assert len(asked) == 4
+
+
+def test_what_is_added_to_a_rung_decides():
+    """A failing comparison is not lost in a rung that could not tell."""
+    right, wrong = (compare(f"module ({x})", np.array([x]), np.array([1.0]), bound=0.0) for x in (1.0, 2.0))
+    rung = rung_of("nothing", [])
+    rung.add([right], lambda one: one.name)
+    assert (rung.verdict, rung.culprits) == ("cannot tell", [])
+    rung.add([right, wrong], lambda one: one.name)
+    assert (rung.verdict, rung.culprits) == ("differ", ["module (2.0)"])
+    assert rung.problems == [wrong.describe()]
+    assert rung.notes == ["nothing was compared"]

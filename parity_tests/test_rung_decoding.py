@@ -213,3 +213,13 @@ def test_a_history_that_nobody_looks_at_cannot_tell():
     rung = decoding.check(torch_twice(case))
     assert rung.verdict == "cannot tell"
     assert "vacuous" in rung.problems[0]
+
+
+def test_models_that_differ_are_not_the_cache():
+    """Each twin decodes as it computes, but a norm computes something else."""
+    mutant = planted("N1")
+    with mutant.plant():
+        rung = decoding.check(Evidence(CASES[mutant.case]()))
+    assert rung.verdict == "differ"
+    assert rung.culprits
+    assert all(name.partition("#")[0].endswith("norm") for name in rung.culprits)

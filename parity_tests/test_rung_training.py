@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-import torch_impl
+import flax_impl.training
+import torch_impl.training
 from parity_tests.mutants import MUTANTS
 from twinformer.data.batch import Batch
+from twinformer.learning import TrainingConfig
 from twinformer.parity import judge, random_case
 from twinformer.parity.compare import Comparison, compare
 from twinformer.parity.curves import draw
@@ -284,6 +286,22 @@ def test_a_loss_that_is_not_widened_is_found(twin):
         assert all(one.agrees for one in accumulation.losses(sound))
     assert found
     assert all("bfloat16" in name for name in found)
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("module", [torch_impl.training, flax_impl.training])
+def test_a_row_with_nan_is_never_right(module):
+    """Not even where the target is what the highest of NaN would be."""
+    case = small("textbook-decoder")
+    tensors = {path: leaf * np.nan if "final_norm" in path else leaf for path, leaf in case.tensors.items()}
+    trainer = module.Trainer(case.config, TrainingConfig())
+    tokens = np.arange(10).reshape(2, 5)
+    everywhere = np.ones((2, 5), bool)
+    found = trainer.evaluate(trainer.init(tensors), Batch({"tokens": tokens}, np.zeros((2, 5), np.int64), everywhere))
+    assert np.isnan(found.total)
+    assert (found.count, found.correct) == (10, 0)
 
 
 # ---- adapters

@@ -84,6 +84,17 @@ def test_what_only_training_does_is_looked_at(name):
     assert rung.culprits == ["stack.blocks.0.attention"]
 
 
+def test_every_long_call_can_fail():
+    """PyTorch's kernel takes every mask for the causal one: without a window it is, but for what is hidden besides."""
+    mutant = next(one for one in MUTANTS if (one.id, one.twin) == ("T138", "torch_impl"))
+    case, calls = CASES["long-window"](), {"without dropout", "with padding", "documents in a row"}
+    for window, wrong in ((32, calls), (None, calls - {"without dropout"})):
+        with mutant.plant():
+            rung = long.check(Evidence(dataclasses.replace(case, config=case.config.replace(window=window))))
+        failing = {one.name.rpartition(" (")[2].rstrip(")") for one in rung.comparisons if not one.agrees}
+        assert failing == wrong
+
+
 WRONG = {
     "factor": lambda rng, rate, shape: right(rng, rate, shape) * (1 - rate),
     "share dropped": lambda rng, rate, shape: (rng.random(shape) >= rate * 1.2) / (1 - rate),

@@ -12,7 +12,7 @@ from twinformer.parity.case import Case
 from twinformer.parity.compare import largest_difference
 from twinformer.parity.noise import neighbour, nudged, reordered
 from twinformer.parity.power import Power, measure, tensors_of
-from twinformer.parity.twins import Detail, FlaxTwin, Precision, Run, TorchTwin, Twin
+from twinformer.parity.twins import Call, Detail, FlaxTwin, Precision, Run, TorchTwin, Twin
 
 Progress = Callable[[str], None]
 # the case itself, the same in another order of summation, or the case with weights nearby
@@ -83,6 +83,11 @@ class Evidence:
             self.progress("detection power: single weights changed")
             self._power = measure(self, bound=bound, gradients=self._with_gradients)
         return self._power
+
+    def self_attention(self, case: Case) -> Call | None:
+        """The first self-attention's call as the first twin makes it; None where there is none."""
+        calls = self.twins[0].record(case, gradients=False)
+        return next((one for one in calls if one.kind == "AttentionLayer" and ".cross_" not in f".{one.path}"), None)
 
     def precisions(self) -> tuple[Precision, ...]:
         """The settings of matrix products that can differ here."""

@@ -1,4 +1,4 @@
-"""Arrays of NumPy and tensors of PyTorch, each a copy of the other in the same dtype, bfloat16 among them."""
+"""Arrays of NumPy and tensors of PyTorch, the one made of the other in the same dtype, bfloat16 among them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def from_torch(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The tensor's values on the CPU."""
+    """The tensor's values on the CPU; in its own memory, if it lies there."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

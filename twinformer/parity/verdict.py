@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +31,15 @@ class Rung:
     def worst(self) -> Comparison | ErrorPair | None:
         """The comparison nearest to its bound, or furthest beyond."""
         return worst_of(self.comparisons)
+
+    def add(self, comparisons: Sequence[Comparison], culprit: Callable[[Comparison], str]) -> None:
+        """More comparisons. One that fails makes the rung differ, whatever it said, and names what is to blame."""
+        self.comparisons += comparisons
+        failed = [one for one in comparisons if not one.agrees]
+        if failed and self.verdict != "differ":
+            self.verdict, self.notes, self.problems = "differ", self.notes + self.problems, []
+        self.problems += [one.describe() for one in failed]
+        self.culprits = list(dict.fromkeys([*self.culprits, *map(culprit, failed)]))
 
 
 def rung_of(checked: str, comparisons: Sequence[Comparison | ErrorPair], problems: Sequence[str] = ()) -> Rung:

@@ -37,11 +37,8 @@ def check(evidence: Evidence) -> Rung:
     plan = dataclasses.replace(training.TRAINING, lora=LORA, smoothing=0.0, accumulation=1)
     single = [micro_batches[:1] for micro_batches in batches[:STEPS]]
     rung = training.judged(evidence, case, plan, _restricted(single, case.config.vocab_size))
-    merging = [one for twin in evidence.twins for one in _merged(twin, case.in_dtype("bfloat16"))]
-    rung.comparisons += merging
-    if rung.verdict == "agree" and not all(one.agrees for one in merging):
-        rung.verdict, rung.culprits = "differ", ["merged weights"]
-        rung.problems += [one.describe() for one in merging if not one.agrees]
+    for twin in evidence.twins:
+        rung.add(_merged(twin, case.in_dtype("bfloat16")), lambda _: "merged weights")
     rung.notes += describe(case.config, whole.config)
     return rung
 

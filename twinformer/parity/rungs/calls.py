@@ -29,13 +29,7 @@ def check(evidence: Evidence) -> Rung:
     """Compare outputs, blocks and every parameter's gradient for each call in float64."""
     case = evidence.case.in_dtype("float64")
     rung = compared(evidence, calls(case))
-    masked = _float_mask(evidence, case)
-    rung.comparisons += masked
-    wrong = [one for one in masked if not one.agrees]
-    if wrong:
-        rung.verdict = "differ"
-        rung.problems += [one.describe() for one in wrong]
-        rung.culprits += [path for one in wrong if (path := one.name.partition(" (")[0]) not in rung.culprits]
+    rung.add(_float_mask(evidence, case), forward.module_of)
     return rung
 
 
@@ -77,8 +71,7 @@ def compared(evidence: Evidence, called: Mapping[str, Case]) -> Rung:
 
 def _float_mask(evidence: Evidence, case: Case) -> list[Comparison]:
     """The first self-attention with a mask that is added, beside whatever else is added; -inf hides."""
-    recorded = evidence.twins[0].record(case, gradients=False)
-    call = next((one for one in recorded if one.kind == "AttentionLayer" and ".cross_" not in f".{one.path}"), None)
+    call = evidence.self_attention(case)
     if call is None:
         return []
     X = call.arguments[0][:, :_LENGTH]
@@ -93,8 +86,7 @@ def _float_mask(evidence: Evidence, case: Case) -> list[Comparison]:
     if "positions" in options:
         options["positions"] = options["positions"][:, :T]
     given = dataclasses.replace(call, arguments=(X,), options=options | {"mask": mask})
-    ours, theirs = (twin.replay(case, [given], gradients=False)[0].output for twin in evidence.twins)
-    return [compare(f"{call.path} (a mask that is added)", ours, theirs, bound=forward.BOUND)]
+    return [forward.alone(evidence, case, given, "a mask that is added")]
 
 
 def calls(case: Case) -> dict[str, Case]:

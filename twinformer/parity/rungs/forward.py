@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison, compare, relative_to, set_problems
 from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.power import CHANGE, is_still, is_vacuous, vacuous
+from twinformer.parity.twins import Call
 from twinformer.parity.verdict import Rung, rung_of
 
 # float64 rounds at 1.1e-16; sums of a few thousand terms through a few dozen layers stay below 1e-12
@@ -80,6 +82,17 @@ def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
     if problems:
         rung.verdict = "cannot tell"
         rung.problems = problems
+
+
+def alone(evidence: Evidence, case: Case, call: Call, what: str) -> Comparison:
+    """One module's output in both twins, on what this call gives it."""
+    ours, theirs = (twin.replay(case, [call], gradients=False)[0].output for twin in evidence.twins)
+    return compare(f"{call.path} ({what})", ours, theirs, bound=BOUND)
+
+
+def module_of(comparison: Comparison) -> str:
+    """The path in the name of such a comparison."""
+    return comparison.name.partition(" (")[0]
 
 
 def blame(rung: Rung, evidence: Evidence, *, backward: bool, bound: float) -> None:

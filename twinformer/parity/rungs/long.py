@@ -45,7 +45,7 @@ def _long(whole: Case) -> Case:
     config = whole.config
     if config.window is not None and config.window > WINDOW:
         config = config.replace(window=WINDOW)
-    smaller = dataclasses.replace(whole, config=config, training=True)
+    smaller = dataclasses.replace(whole, config=config)
     sized = cut(smaller, _inputs(config, 1), layers=1).config
     case = cut(smaller, _inputs(sized, LENGTH), layers=1)
     return dataclasses.replace(case, training=True).in_dtype("float64")
@@ -61,8 +61,7 @@ def _padded(case: Case, whole: ModelConfig) -> Case:
     real[0, :70] = False
     real[1, [3, 64, 65, 66, 130, *range(250, LENGTH)]] = False
     masks = {"padding_mask" if name == "tokens" else f"{name}_padding_mask": real for name in inputs}
-    cotangent = np.concatenate([case.cotangent, case.cotangent[:, ::-1]]) if case.cotangent.ndim == 3 else None
-    cotangent = np.concatenate([case.cotangent, -case.cotangent]) if cotangent is None else cotangent
+    cotangent = np.concatenate([case.cotangent, -case.cotangent])
     return dataclasses.replace(case, config=config, inputs=inputs | masks, cotangent=cotangent)
 
 

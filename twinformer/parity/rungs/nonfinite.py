@@ -17,7 +17,7 @@ from twinformer.initializers import stream
 from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import Comparison, compare, set_problems
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs.forward import BOUND
+from twinformer.parity.rungs.forward import BOUND, alone, module_of
 from twinformer.parity.twins import Call, Run
 from twinformer.parity.verdict import Rung, does_not_apply, rung_of
 
@@ -66,10 +66,8 @@ def check(evidence: Evidence) -> Rung:
             for path, pair in pairs.items()
             if np.isfinite(pair[0]).any() or np.isfinite(pair[1]).any()
         ]
-    overflowing = _overflowing(evidence, case)
-    rung = rung_of(f"{len(comparisons)} tensors with NaN, inf and -inf about", [*comparisons, *overflowing], problems)
-    # it was called by itself
-    rung.culprits = list(dict.fromkeys(one.name.partition(" (")[0] for one in overflowing if not one.agrees))
+    rung = rung_of(f"{len(comparisons)} tensors with NaN, inf and -inf about", comparisons, problems)
+    rung.add(_overflowing(evidence, case), module_of)
     return rung
 
 
@@ -79,8 +77,7 @@ def _overflowing(evidence: Evidence, case: Case) -> list[Comparison]:
     The first self-attention is called by itself, with one element of a token so large that with one element of a matrix
     it has no product; all else of that row of the matrix is 0, so that no order of a sum decides.
     """
-    recorded = evidence.twins[0].record(case, gradients=False)
-    call = next((one for one in recorded if one.kind == "AttentionLayer" and ".cross_" not in f".{one.path}"), None)
+    call = evidence.self_attention(case)
     if call is None:
         return []
     found = [_large_value(evidence, case, call)]
@@ -100,8 +97,7 @@ def _large_score(evidence: Evidence, case: Case, call: Call) -> Comparison:
     given = dataclasses.replace(
         call, arguments=(X,), options={"mask": np.broadcast_to(hides, (X.shape[1],) * 2).copy()}
     )
-    ours, theirs = (twin.replay(large, [given], gradients=False)[0].output for twin in evidence.twins)
-    return compare(f"{call.path} (score of a hidden key overflows)", ours, theirs, bound=BOUND)
+    return alone(evidence, large, given, "score of a hidden key overflows")
 
 
 def _large_value(evidence: Evidence, case: Case, call: Call) -> Comparison:
@@ -112,8 +108,7 @@ def _large_value(evidence: Evidence, case: Case, call: Call) -> Comparison:
     X[0, X.shape[1] // 2, 0] = 1e10
     given = dataclasses.replace(call, arguments=(X, *call.arguments[1:]))
     large = dataclasses.replace(case, tensors=case.tensors | {path: matrix})
-    ours, theirs = (twin.replay(large, [given], gradients=False)[0].output for twin in evidence.twins)
-    return compare(f"{call.path} (values of a token overflow)", ours, theirs, bound=BOUND)
+    return alone(evidence, large, given, "values of a token overflow")
 
 
 def _poisoned(case: Case, names: Sequence[str]) -> tuple[Case, Case, Case]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from twinformer.initializers import stream
 from twinformer.learning import OptimizerConfig, ScheduleConfig
-from twinformer.parity.compare import Comparison, compare, set_problems
+from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.stepping import Leaves, steps
 from twinformer.parity.verdict import Rung, rung_of
@@ -93,8 +93,7 @@ def _low(
 
     Compiled with care, as users have it, and so of one parameter of each rank: rounding is the same in all of them.
     """
-    first = {leaf.ndim: path for path, leaf in reversed(gradients[0].items())}
-    rounded = {path: gradients[0][path].astype(np.float32).astype(np.float64) for path in first.values()}
+    rounded = {path: leaf.astype(np.float32).astype(np.float64) for path, leaf in _one_of_each_rank(gradients[0])}
     nothing = {path: np.zeros_like(leaf) for path, leaf in rounded.items()}
     low, exact = (steps(twin, config, nothing, [rounded], rates[-2:-1], dtype)[1] for dtype in ("float32", "float64"))
     return [
@@ -105,17 +104,18 @@ def _low(
 
 def _not_finite(twin: str, gradients: Sequence[Leaves], rates: Sequence[float]) -> Iterator[str]:
     """One gradient that is not finite makes the norm so: everything is lost, not one leaf, and nothing goes on."""
-    few = {leaf.ndim: path for path, leaf in reversed(gradients[0].items())}
-    if len(few) < 2:
-        return
     for bad in (np.nan, np.inf):
-        given = {path: gradients[0][path].copy() for path in few.values()}
+        given = {path: leaf.copy() for path, leaf in _one_of_each_rank(gradients[0])}
         next(iter(given.values())).flat[0] = bad
         nothing = {path: np.zeros_like(leaf) for path, leaf in given.items()}
         for path, leaf in steps(twin, OptimizerConfig(), nothing, [given], rates[-2:-1])[1].items():
             if not np.isnan(leaf).all():
                 left = int((~np.isnan(leaf)).sum())
                 yield f"update of {path} (adamw, {twin}): expected NaN for a gradient with {bad}, got {left} others"
+
+
+def _one_of_each_rank(leaves: Leaves) -> list[tuple[str, FloatArray]]:
+    return list({leaf.ndim: (path, leaf) for path, leaf in reversed(leaves.items())}.values())
 
 
 def _gradients(leaves: Leaves, step: int) -> Leaves:
