@@ -225,7 +225,7 @@ def loss_over_all_tokens(patch: Patch) -> None:
     patch.method("training", "Trainer", wrong, name="step")
 
 
-@mutant("T149", case="train-decoder", culprits=("gradient norm", "loss"), rungs=_ADAPTERS)
+@mutant("T149", case="train-decoder", culprits=("gradient norm", "merged weights"), rungs=_ADAPTERS)
 def adapters_scaled_by_the_root_of_the_rank(patch: Patch) -> None:
     def wrong(merge: Any) -> Any:
         def scaled(weights: Any, adapters: Any, config: Any) -> Any:
