@@ -390,8 +390,8 @@ class _Runner:
         h = model._step(tokens, cache, real, None, end)
         return model._logits(h[:, -1:], model._table)[:, 0]
 
-    def _program(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function, compiled once for each set of shapes where programs are wanted."""
+    def _program(self, function: Callable[..., Tensor], name: str = "inductor") -> Callable[..., Tensor]:
+        """The function, compiled once for each set of shapes where programs are wanted; ``name``: by which backend."""
         if not self.compile:
             return function
 
@@ -400,11 +400,11 @@ class _Runner:
 
         # PyTorch keeps and counts programs by code object
         run = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-        inductor = torch._dynamo.lookup_backend("inductor")
+        chosen = torch._dynamo.lookup_backend(name)
 
         def backend(graph: Any, inputs: Any) -> Any:
             self.compilations += 1
-            return inductor(graph, inputs)
+            return chosen(graph, inputs)
 
         program = torch.compile(run, fullgraph=True, dynamic=False, backend=backend)
         met = set()

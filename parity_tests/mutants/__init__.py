@@ -10,6 +10,7 @@ from parity_tests.mutants import (
     attention,
     decoding,
     dropout,
+    fresh,
     masks,
     models,
     norms,
@@ -28,7 +29,7 @@ from twinformer.parity.mutation import Catalogue
 
 GROUPS = (
     *(norms, activations, attention, masks, positions, weights, models, dropout, precision),
-    *(optimizers, training, decoding, sampling, unforeseen, writing, absent),
+    *(optimizers, training, decoding, sampling, unforeseen, writing, fresh, absent),
 )
 CATALOGUE = Catalogue(tuple(MUTANTS), tuple(CONTROLS), CASES, DOES_NOT_APPLY)
 

@@ -213,7 +213,7 @@ def padding_is_pooled_too(patch: Patch) -> None:
 @mutant(
     "T134",
     case="largest",
-    culprits=("flax_impl, unwatched", "flax_impl, remat", "flax_impl, scan"),
+    culprits=("flax_impl, unwatched", "flax_impl, remat", "flax_impl, scan", "flax_impl, scan of remat"),
     rungs=("compilation",),
     twins=("flax_impl",),
 )

@@ -8,7 +8,7 @@ from parity_tests.mutants.altered import alone, configured, optimizer, update
 from parity_tests.mutants.patching import Patch
 from parity_tests.mutants.registry import mutant
 
-_ALL = ("adamw", "sgd", "adafactor")
+_ALL = ("adamw", "sgd", "sgd without a look ahead", "adafactor")
 _RUNGS = ("optimizer",)
 
 

@@ -497,3 +497,49 @@ def bias_in_the_place_of_a_mask(patch: Patch) -> None:
         return changed
 
     patch.method("attention", "AttentionLayer", wrong)
+
+
+# ---- what is full, what is compiled, what is cast
+
+
+@mutant("T194", case="decoder", culprits="the cache", rungs=("decoding",), twins=("flax_impl",))
+def traced_step_looks_for_its_first_token_only(patch: Patch) -> None:
+    """Where values cannot be seen, what has no room has to give NaN: here the last tokens of a step do not count."""
+
+    def wrong(with_room: Any) -> Any:
+        return lambda config, logits, tokens, cache: with_room(config, logits, tokens[:, :1], cache)
+
+    patch.function("models", "_with_room", wrong)
+
+
+@mutant(
+    "T195",
+    case="dropout-layers",
+    culprits="torch_impl, compiled generator",
+    rungs=("compilation",),
+    twins=("torch_impl",),
+)
+def compiled_steps_see_padding(patch: Patch) -> None:
+    """And slots that nobody has written to, wherever the end of what is in use is unknown, as it is while compiled."""
+
+    def wrong(begin: Any) -> Any:
+        def changed(cache: Any, config: Any, T: int, real: Any, positions: Any, end: Any) -> Any:
+            step = begin(cache, config, T, real, positions, end)
+            if end is not None:
+                return step
+            patch.reached()
+            return step._replace(allowed=torch.ones_like(step.allowed))
+
+        return changed
+
+    patch.function("cache", "_begin", wrong, quiet=True)
+
+
+@mutant(
+    "T196", case="dropout-layers", culprits="torch_impl, cast and back", rungs=("compilation",), twins=("torch_impl",)
+)
+def frequencies_rounded_by_a_cast(patch: Patch) -> None:
+    def wrong(apply: Any) -> Any:
+        return lambda self, fn, recurse=True: torch.nn.Module._apply(self, fn, recurse)
+
+    patch.method("positions", "_Frequencies", wrong, "_apply")

@@ -22,7 +22,7 @@ NOISE_MARGIN = 8.0
 # a gradient this much smaller than the model's largest is what rounding left of zero
 ROUNDING_NOISE = 1e-13
 # binary digits of the significand, the hidden one included
-DIGITS = {"float64": 53, "float32": 24, "bfloat16": 8}
+DIGITS = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def relative_move(actual: FloatArray, expected: FloatArray, scale: float | None 
 
 def unit_in_the_last_place(value: float, dtype: str) -> float:
     """The distance between neighbouring numbers of ``dtype`` at ``value`` (subnormal numbers are not looked into)."""
-    smallest = {"float64": -1022, "float32": -126, "bfloat16": -126}[dtype]
+    smallest = {"float64": -1022, "float32": -126, "bfloat16": -126, "float16": -14}[dtype]
     exponent = max(math.frexp(value)[1] - 1, smallest) if value else smallest
     return math.ldexp(1.0, max(exponent - DIGITS[dtype] + 1, -1074))
 

@@ -64,10 +64,11 @@ class Plan:
 @dataclass(frozen=True)
 class Decoded:
     """``full`` and ``cells`` by name: logits ``[B, T, V]``; a cell's name begins with that of what it has to equal, and
-    a colon."""
+    a colon. ``moved``: leaves of a cache that changed while another, made from it, was used."""
 
     full: dict[str, FloatArray]
     cells: dict[str, FloatArray]
+    moved: list[str]
 
 
 def plan_for(config: ModelConfig) -> Plan:
@@ -134,7 +135,8 @@ def decode(make: Callable[[bool], Decoder], plan: Plan) -> Decoded:
     full["reordered"] = full["masked"][list(ORDER)]
     full["alone"] = full["masked"][:1]
     full["placed"] = np.take_along_axis(full["placed"], plan.at[:, None, None], 1)
-    return Decoded(full, _cells(sound, poisoned, plan))
+    moved: list[str] = []
+    return Decoded(full, _cells(sound, poisoned, plan, moved), moved)
 
 
 def positions_of(real: npt.NDArray[np.bool_]) -> Array:
@@ -147,43 +149,47 @@ def _places(real: npt.NDArray[np.bool_]) -> Array:
     return positions_of(np.ones_like(real))
 
 
-def _cells(sound: Decoder, poisoned: Decoder, plan: Plan) -> dict[str, FloatArray]:
+def _cells(sound: Decoder, poisoned: Decoder, plan: Plan, moved: list[str]) -> dict[str, FloatArray]:
     found: dict[str, FloatArray] = {}
     for name, cut in plan.cuts.items():
-        cache = _start(sound, plan)
+        cache = start(sound, plan)
         found[f"masked: {name}, fresh cache"], cache = in_steps(sound, cache, plan.tokens, plan.real, cut)
         # what the cache is left with is another sequence, with rows that are not finite
         _, cache = in_steps(poisoned, poisoned.reset(cache), plan.poisoned[::-1], plan.real, plan.cuts["one prefill"])
         found[f"masked: {name}, reused cache"], _ = in_steps(sound, sound.reset(cache), plan.tokens, plan.real, cut)
     by_token = plan.cuts["token by token"]
-    found["bare: token by token, fresh cache"], _ = in_steps(sound, _start(sound, plan), plan.tokens, None, by_token)
+    found["bare: token by token, fresh cache"], _ = in_steps(sound, start(sound, plan), plan.tokens, None, by_token)
     # products with one row are computed in another way
     alone = sound.start(1, plan.slots, *(None if x is None else x[:1] for x in (plan.source, plan.source_real)))
     found["alone: token by token, a batch of one"], _ = in_steps(sound, alone, plan.tokens[:1], plan.real[:1], by_token)
     chunks = plan.cuts["chunks"]
     for name in ("chunks", "token by token"):
-        cache = _start(poisoned, plan)
+        cache = start(poisoned, plan)
         found[f"poisoned: {name}, NaN and infinities"], _ = in_steps(
             poisoned, cache, plan.poisoned, plan.real, plan.cuts[name]
         )
-    one_place, _, _ = sound.step(_start(sound, plan), plan.tokens, plan.real, plan.positions, plan.at)
+    one_place, _, _ = sound.step(start(sound, plan), plan.tokens, plan.real, plan.positions, plan.at)
     found["placed: one prefill, positions given, logits of one place"] = widened(one_place)
     if len(chunks) > 1:
-        found |= _reordered(sound, plan, chunks)
+        found |= _reordered(sound, plan, chunks, moved)
     return found
 
 
-def _reordered(sound: Decoder, plan: Plan, chunks: list[int]) -> dict[str, FloatArray]:
-    """The last chunk after the rows were exchanged, as beams are; what comes before is that of the new row."""
+def _reordered(sound: Decoder, plan: Plan, chunks: list[int], moved: list[str]) -> dict[str, FloatArray]:
+    """The last chunk after the rows were exchanged, as beams are; what comes before is that of the new row.
+
+    The cache from before is another's, and stays what it was."""
     order, kept = np.array(ORDER), plan.length - chunks[-1]
-    first, cache = in_steps(sound, _start(sound, plan), plan.tokens[:, :kept], plan.real[:, :kept], chunks[:-1])
+    first, cache = in_steps(sound, start(sound, plan), plan.tokens[:, :kept], plan.real[:, :kept], chunks[:-1])
+    old, before = cache, {name: leaf.copy() for name, leaf in sound.leaves(cache).items()}
     cache = sound.reorder(cache, order)
     rest = slice(kept, None)
     last, _ = in_steps(sound, cache, plan.tokens[order][:, rest], plan.real[order][:, rest], chunks[-1:])
+    moved += [name for name, leaf in sound.leaves(old).items() if not np.array_equal(leaf, before[name])]
     return {"reordered: chunks, rows exchanged": np.concatenate([first[order], last], 1)}
 
 
-def _start(decoder: Decoder, plan: Plan) -> Any:
+def start(decoder: Decoder, plan: Plan) -> Any:
     return decoder.start(ROWS, plan.slots, plan.source, plan.source_real)
 
 

@@ -14,19 +14,19 @@ _SMALL = 2_000_000
 
 
 # what XLA for the CPU calls it; the last halves the time, and there is no such option but in jaxlib 0.10
-_LITTLE_CARE: dict[str, bool | int] = {
+LITTLE_CARE: dict[str, bool | int] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
 if version("jaxlib").startswith("0.10."):
-    _LITTLE_CARE["xla_cpu_use_fusion_emitters"] = False
+    LITTLE_CARE["xla_cpu_use_fusion_emitters"] = False
 
 
 def little_care(tensors: Mapping[Any, Any]) -> dict[str, bool | int]:
     """``compiler_options`` for ``jax.jit`` that say the same, and more of it; none on other devices than the CPU."""
     is_small = sum(tensor.size for tensor in tensors.values()) < _SMALL
-    return dict(_LITTLE_CARE) if is_small and jax.default_backend() == "cpu" else {}
+    return dict(LITTLE_CARE) if is_small and jax.default_backend() == "cpu" else {}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from twinformer.parity.compare import Comparison, ErrorPair
 from twinformer.parity.opened import NAME as OPENED
 from twinformer.parity.report import Report, least_noticed
 from twinformer.parity.rungs import LADDER
-from twinformer.parity.rungs.precision import DTYPES
+from twinformer.parity.rungs.precision import ROUNDING
 from twinformer.parity.strips import Cell, Strip, draw
 from twinformer.parity.verdict import Rung
 
@@ -140,7 +140,7 @@ def _strips(report: Report) -> str:
         )
     precision = report.rungs.get("precision")
     if precision is not None:
-        low = [strip for dtype in DTYPES for strip in _error_strips(precision, dtype)]
+        low = [strip for dtype in ROUNDING for strip in _error_strips(precision, dtype)]
         parts.append(
             "<section><h2>Low precision: each twin’s error against the float64 truth</h2>"
             '<p class="legend">The same tensors for both twins: outputs of blocks, then gradients of parameters. Two '

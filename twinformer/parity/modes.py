@@ -18,13 +18,16 @@ from flax import nnx
 
 import flax_impl
 import torch_impl
+import torch_impl.generation
 import torch_impl.training
 from twinformer.data.batch import Batch
+from twinformer.decoding import Generated
 from twinformer.learning import TrainingConfig
 from twinformer.parity.case import Case
-from twinformer.parity.compare import widened
+from twinformer.parity.compare import FloatArray, widened
+from twinformer.parity.scenarios import Writing
 from twinformer.parity.training_runs import Trained, train
-from twinformer.parity.twins import Run, TorchTwin, Twin, in_pytorch_layout
+from twinformer.parity.twins import BUCKET, Run, TorchTwin, Twin, in_pytorch_layout
 
 Mode = Literal["torch.compile", "remat", "scan", "scan of remat", "eager", "unwatched"]
 # with these a block has to drop what it drops otherwise
@@ -54,6 +57,29 @@ def train_compiled(case: Case, training: TrainingConfig, lessons: Sequence[Seque
     trainer._loss = torch_impl.training._compiled(trainer._eager_loss, backend="aot_eager")
     with _quiet():
         return train(trainer, case.tensors, lessons, evaluate=False)
+
+
+def write_compiled(twin: Twin, case: Case, writing: Writing, new: int) -> Generated:
+    """What PyTorch's compiled generator writes, greedily. Traced as always, and then run operation by operation."""
+    generator = torch_impl.generation.Generator(twin._model(case), bucket=BUCKET, compile=True)  # type: ignore[attr-defined]
+    runner = generator._runner
+    runner._read = runner._program(runner._read_source, "eager")
+    runner._next = runner._program(runner._next_logits, "eager")
+    with _quiet():
+        return generator(writing.prompts, max_new_tokens=new, **writing.options())
+
+
+def outputs_after_casts(twin: Twin, case: Case) -> tuple[FloatArray, FloatArray]:
+    """Of a PyTorch module in float32 that has just taken its weights: as it was built, and cast to bfloat16 and back
+    before it took them. What is no parameter (the frequencies of positions) may not be rounded on the way."""
+    model = twin._model(case.in_dtype("float32"))  # type: ignore[attr-defined]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
+    with torch.no_grad():
+        before = widened(model(**inputs).numpy().copy())
+        model = model.to(torch.bfloat16).to(torch.float32)
+        model.load_state_dict(weights)
+        return before, widened(model(**inputs).numpy())
 
 
 def cpp_compiler() -> str | None:

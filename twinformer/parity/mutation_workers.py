@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from twinformer.parity.haste import LITTLE_CARE
 from twinformer.parity.mutation import Baseline, Bench, Catalogue, Outcome, Planted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +26,7 @@ _PATIENCE = 2.0
 # nearly all the time goes into compiling programs that run once: the costly optimisations of machine code are off
 _XLA_FLAGS = (
     "--xla_cpu_multi_thread_eigen=false",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
+    *(f"--{name}={str(value).lower()}" for name, value in LITTLE_CARE.items()),
 )
 
 Message = Baseline | Outcome | None

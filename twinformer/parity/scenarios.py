@@ -22,6 +22,8 @@ LONG, BLOCK = 84, 64
 SEQUENCES = (5, 0, 2**31 + 1, 3)
 _PLAIN = tuple(range(ROWS))
 SAMPLING = SamplingConfig(temperature=2.0, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
+# all but greedy, among so few tokens that it shows which of them count as seen: what was seen is wanted most
+PENALISED, FEW = SamplingConfig(temperature=0.01, repetition_penalty=0.01), 4
 SEED = 2**40 + 7
 PAD = 1
 # of one width, so that one program serves all
@@ -158,13 +160,19 @@ def writing_for(config: ModelConfig) -> Writing:
 
 
 def scenarios(config: ModelConfig, writing: Writing) -> list[Scenario]:
-    """Greedy with a stop token, and sampled with everything, before anybody knows where they end."""
+    """Greedy with a stop token, and sampled with everything, before anybody knows where they end; and few tokens, of
+    which those that were seen come first."""
     new = min(NEW, config.context_length - writing.prompts.shape[1])
     allowed = stream(0, "scenarios/allowed").random((ROWS, new, config.vocab_size)) < 0.7
     allowed[..., 0] = True
+    few = np.zeros((ROWS, min(FEW, new), config.vocab_size), np.bool_)
+    for row, prompt, real in zip(few, writing.prompts, writing.real, strict=True):
+        unseen = np.setdiff1d(np.arange(config.vocab_size), prompt[real])
+        row[:, unseen[:FEW] if len(unseen) else 0] = True
     return [
         Scenario("greedy", new),
         Scenario("sampled", new, SAMPLING, allowed=allowed, sequences=SEQUENCES),
+        Scenario("penalised", few.shape[1], PENALISED, allowed=few),
     ]
 
 
@@ -178,9 +186,11 @@ def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> li
     tied_stop = tuple(token for token in (1,) if token < config.vocab_size)
     # so many ends that the pool is full at once, while longer hypotheses can still be better
     often = tuple(range(0, config.vocab_size, 3))
+    # several hypotheses of a beam that shrinks end in one step
+    together = tuple(range(1, config.vocab_size, 3))
     return [
         Search("mean", BEAMS["mean"], new, stop, everything),
-        Search("gnmt", BEAMS["gnmt"], new, stop, allowed),
+        Search("gnmt", BEAMS["gnmt"], new, tuple(dict.fromkeys((*stop, *together))), allowed),
         Search("nearly equal", BEAMS["mean"], new, often, everything, "flat"),
         Search("all equal", BEAMS["tied"], new, tied_stop, everything, "zero"),
     ]

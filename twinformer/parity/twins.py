@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,6 +30,7 @@ import torch_impl.training as torch_training
 from twinformer.checks import dtype_name
 from twinformer.config import DType, ModelConfig
 from twinformer.data.batch import Batch
+from twinformer.errors import WeightsError
 from twinformer.learning import TrainingConfig
 from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
@@ -129,6 +130,12 @@ class Twin(Protocol):
         self, logits: npt.NDArray[Any], batch: Batch, smoothing: float, z_loss: float, cotangent: float
     ) -> tuple[FloatArray, FloatArray]:
         """The sum of its cross-entropy, of logits in the dtype that they have, and a cotangent pulled back to them."""
+
+    def next_tokens(self, tokens: npt.NDArray[Any], real: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[Any], ...]:
+        """Inputs and targets of language modelling, and where both are real."""
+
+    def refusal(self, case: Case, tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+        """What it says of tensors that are not the model's leaves, or hold what is no number; empty if nothing."""
 
     def save(self, case: Case, directory: Path) -> None:
         """Write the case's model as a model directory with the twin's own means."""
@@ -298,6 +305,12 @@ class TorchTwin:
         total, _ = torch_impl.cross_entropy(X, targets, real=real, smoothing=smoothing, z_loss=z_loss)
         (slope,) = torch.autograd.grad(total, X, torch.full_like(total, cotangent))
         return widened(from_torch(total)), widened(from_torch(slope))
+
+    def next_tokens(self, tokens: npt.NDArray[Any], real: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[Any], ...]:
+        return tuple(part.numpy() for part in torch_impl.next_tokens(to_torch(tokens), to_torch(real)))
+
+    def refusal(self, case: Case, tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+        return _refusal(torch_impl, case, tensors)
 
     def save(self, case: Case, directory: Path) -> None:
         torch_impl.save(self._model(case, as_configured=True), directory)
@@ -476,6 +489,13 @@ class FlaxTwin:
         (slope,) = pull(jnp.full_like(value, cotangent))
         return widened(np.asarray(value)), widened(np.asarray(slope))
 
+    def next_tokens(self, tokens: npt.NDArray[Any], real: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[Any], ...]:
+        return tuple(np.asarray(part) for part in flax_impl.next_tokens(tokens, real))
+
+    def refusal(self, case: Case, tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+        with _x64(case):
+            return _refusal(flax_impl, case, tensors)
+
     def save(self, case: Case, directory: Path) -> None:
         with _x64(case):
             model: Any = self._model(case, as_configured=True)
@@ -524,6 +544,15 @@ class FlaxTwin:
 
     def versions(self) -> dict[str, str]:
         return {"jax": jax.__version__, "flax": flax.__version__, "device": jax.default_backend()}
+
+
+def _refusal(twin: Any, case: Case, tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    model = twin.build(case.config, seed=None)
+    try:
+        twin.load_weights(model, tensors, finite=True)
+    except WeightsError as refused:
+        return str(refused)
+    return ""
 
 
 def _config(case: Case, as_configured: bool) -> ModelConfig:

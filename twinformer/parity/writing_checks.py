@@ -73,7 +73,7 @@ def written(
 
 def rescored(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[list[Comparison], Problems]:
     """Both texts once more as streams; the greedy one, and what stands after its ends, scored in one call."""
-    asked = judge.once("ends", case, lambda: with_ends(judge, case, writing))
+    asked = judge.once("ends", case, lambda: with_ends(judge, case, writing))[:2]
     with judge.writers(case) as make:
         texts = [_generated(judge, case, writing, make(case), one) for one in asked]
     told = _told(texts[0])
@@ -158,7 +158,7 @@ def _generated_again(twin: Twin, case: Case, writing: Writing, writer: Writer, s
 
 def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
     """The scenarios with stop tokens and sequences that end some rows early, found by writing without."""
-    greedy, sampled = scenarios(case.config, writing)
+    greedy, sampled, penalised = scenarios(case.config, writing)
     with judge.writers(case) as make:
         writer = make(case)
         free, drawn = (
@@ -179,6 +179,7 @@ def with_ends(judge: Twin, case: Case, writing: Writing) -> list[Scenario]:
     return [
         greedy.ending(StopConfig(tokens=stop)),
         sampled.ending(StopConfig(tokens=tokens, sequences=tuple(one for one in sequences if one))),
+        penalised,
     ]
 
 

@@ -3,11 +3,12 @@
 Two trainings in bfloat16 differ by rounding, so each twin is held against itself: one step over three micro-batches
 against a step over each of them. The gradients of a micro-batch are the same numbers both times, and what is done with
 them is float32 arithmetic. A gradient is read where it is kept, in a momentum that was 0 before. The average of the
-weights is that of the float32 masters.
+weights is that of the float32 masters. A sum is clipped as it is, wide.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import ml_dtypes
@@ -70,7 +71,20 @@ def losses(twin: Twin) -> list[Comparison]:
             expected, by_hand = cross_entropy(widened(logits), batch, smoothing, z_loss)
             found.append(compare(f"loss of logits {label}", total, np.array(expected), bound=BOUND))
             found.append(compare(f"gradient of logits {label}", slope, _COTANGENT * by_hand, bound=rounding + BOUND))
-    return found
+    return [*found, *_next_tokens(twin)]
+
+
+def _next_tokens(twin: Twin) -> list[Comparison]:
+    """Of rows with padding on the left, on the right and in between."""
+    tokens = stream(0, "accumulation/tokens").integers(0, 61, (3, 6))
+    real = np.ones(tokens.shape, np.bool_)
+    real[0, :2] = real[1, 4:] = real[2, 3] = False
+    expected = (tokens[:, :-1], tokens[:, 1:], real[:, :-1] & real[:, 1:])
+    names = ("inputs", "targets", "places")
+    return [
+        compare(f"{name} of next_tokens ({twin.name})", widened(part.astype(float)), wanted.astype(float), bound=0.0)
+        for name, part, wanted in zip(names, twin.next_tokens(tokens, real), expected, strict=True)
+    ]
 
 
 def of_twin(twin: Twin, whole: Case) -> list[Comparison]:
@@ -90,6 +104,20 @@ def of_twin(twin: Twin, whole: Case) -> list[Comparison]:
     found = [
         compare(f"sum of {path} ({twin.name})", sums[path], mean, bound=BOUND, scale=scales[path])
         for path, mean in means.items()
+    ]
+    cut_to = 0.25 * float(f"{together.steps[0].gradient_norm:.2g}")
+    clipping = dataclasses.replace(TRAINING, optimizer=dataclasses.replace(TRAINING.optimizer, clip_norm=cut_to))
+    (clipped,) = twin.once(
+        f"accumulation, clipped to {cut_to}",
+        case,
+        lambda: twin.train(case, clipping, [[batches]], evaluate=False),
+    )
+    factor = cut_to / together.steps[0].gradient_norm
+    found += [
+        compare(
+            f"clipped sum of {path} ({twin.name})", leaf, factor * sums[path], bound=BOUND, scale=factor * scales[path]
+        )
+        for path, leaf in _momentum(clipped).items()
     ]
     norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in sums.values()))
     told = together.steps[0].gradient_norm

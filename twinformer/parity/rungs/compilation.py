@@ -2,7 +2,8 @@
 
 The judge runs PyTorch eagerly and Flax under ``jax.jit``, and watches their modules. Here each twin is held against
 itself: PyTorch under ``torch.compile``; Flax under jit with nobody watching, without any jit, and with its blocks in
-one compiled loop; and both with every block computed again in the backward pass.
+one compiled loop; and both with every block computed again in the backward pass. PyTorch's trainer and generator are
+asked compiled too, and a module that was cast to bfloat16 and back before it took its weights.
 """
 
 from __future__ import annotations
@@ -10,17 +11,29 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
+from twinformer.decoding import Generated
 from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.modes import MODES, WITH_DROPOUT, cpp_compiler, run_in_mode, train_compiled
-from twinformer.parity.rungs import training
+from twinformer.parity.modes import (
+    MODES,
+    WITH_DROPOUT,
+    cpp_compiler,
+    outputs_after_casts,
+    run_in_mode,
+    train_compiled,
+    write_compiled,
+)
+from twinformer.parity.rungs import decoding, sampling, training
 from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
 from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
 from twinformer.parity.rungs.stochastic import with_dropout
 from twinformer.parity.twins import Run
 from twinformer.parity.verdict import Rung, rung_of
 
+CAST = "torch_impl, cast and back"
 COMPILED_TRAINER = "torch_impl, compiled trainer"
+COMPILED_GENERATOR = "torch_impl, compiled generator"
+_NEW = 8
 
 
 def check(evidence: Evidence) -> Rung:
@@ -50,6 +63,16 @@ def check(evidence: Evidence) -> Rung:
         modes += 1
         evidence.progress("torch_impl: a compiled trainer")
         comparisons += _trained(evidence)
+    modes += 1
+    evidence.progress("torch_impl: cast and back")
+    torch_twin = evidence.twins[0]
+    cast = torch_twin.once("casts", evidence.case, lambda: outputs_after_casts(torch_twin, evidence.case))
+    comparisons.append(compare(f"output ({CAST})", *reversed(cast), bound=0.0))
+    config = evidence.case.config
+    if config.predicts_tokens and config.architecture != "encoder" and cpp_compiler() is not None:
+        modes += 1
+        evidence.progress("torch_impl: a compiled generator")
+        comparisons += _written(evidence)
     rung = rung_of(f"{modes} modes, {len(comparisons)} tensors", comparisons, problems)
     if rung.verdict == "differ":  # which way of running it, of which twin
         rung.culprits = list(dict.fromkeys(_mode(one.name) for one in comparisons if not one.agrees))
@@ -70,6 +93,24 @@ def _trained(evidence: Evidence) -> list[Comparison]:
     compiled = twin.once("compiled trainer", case, lambda: train_compiled(case, plan, lessons))
     found = training.compared(COMPILED_TRAINER, compiled, usual)
     return [dataclasses.replace(one, name=f"{one.name.rpartition(' (')[0]} ({COMPILED_TRAINER})") for one in found]
+
+
+def _written(evidence: Evidence) -> list[Comparison]:
+    """What PyTorch's compiled generator writes, past the window if there is one, against the eager one."""
+    case, writing = sampling.prepared(decoding.with_small_window(evidence.case))
+    twin = evidence.twins[0]
+
+    def ask() -> Generated:
+        with twin.writers(case) as make:
+            return make(case).generate(writing.prompts, max_new_tokens=_NEW, **writing.options())
+
+    usual = twin.once("usual generator", case, ask)
+    found = twin.once("compiled generator", case, lambda: write_compiled(twin, case, writing, _NEW))
+    pairs = {name: (getattr(found, name), getattr(usual, name)) for name in ("tokens", "lengths", "logprobs")}
+    return [
+        compare(f"{name} ({COMPILED_GENERATOR})", *pair, bound=FORWARD_BOUND if name == "logprobs" else 0.0)
+        for name, pair in pairs.items()
+    ]
 
 
 def against_itself(label: str, run: Run, usual: Run, sides: tuple[str, str]) -> tuple[list[Comparison], list[str]]:

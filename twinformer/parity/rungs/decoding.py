@@ -15,12 +15,13 @@ from functools import partial
 import numpy as np
 
 from twinformer.config import ModelConfig
+from twinformer.errors import InputError
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems
+from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems, widened
 from twinformer.parity.cut import cut, describe
 from twinformer.parity.decoders import Decoder
 from twinformer.parity.decoding_culprit import Found, find
-from twinformer.parity.decoding_runs import PADDINGS, POISON, Decoded, Plan, decode, plan_for
+from twinformer.parity.decoding_runs import PADDINGS, POISON, Decoded, Plan, decode, in_steps, plan_for, start
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs.forward import BOUND, blame
 from twinformer.parity.twins import Twin
@@ -59,11 +60,17 @@ def check(evidence: Evidence) -> Rung:
 
 def prepared(whole: Case) -> tuple[Case, Plan]:
     """The model cut down, in float64, and what is decoded with it; a window is one that the tokens leave."""
-    if whole.config.window is not None and whole.config.window > _WINDOW:
-        whole = dataclasses.replace(whole, config=whole.config.replace(window=_WINDOW))
+    whole = with_small_window(whole)
     sized = cut(whole, plan_for(whole.config).inputs(*_few())).config
     plan = plan_for(sized)
     return cut(whole, plan.inputs(plan.tokens, plan.real)).in_dtype("float64"), plan
+
+
+def with_small_window(case: Case) -> Case:
+    """The window, if there is one, cut to one that a few tokens leave."""
+    if case.config.window is None or case.config.window <= _WINDOW:
+        return case
+    return dataclasses.replace(case, config=case.config.replace(window=_WINDOW))
 
 
 def run(twin: Twin, case: Case, plan: Plan) -> tuple[list[str], Decoded | None]:
@@ -72,7 +79,24 @@ def run(twin: Twin, case: Case, plan: Plan) -> tuple[list[str], Decoded | None]:
         wrong = _layout(twin.name, make(case), case.config, plan)
         if wrong:
             return wrong, None
-        return [], decode(lambda is_poisoned: make(poisoned(case) if is_poisoned else case), plan)
+        found = decode(lambda is_poisoned: make(poisoned(case) if is_poisoned else case), plan)
+        moved = [f"{leaf} of a cache changed with the one that was made by exchanging its rows" for leaf in found.moved]
+        return moved + _without_room(make(case), case.config, plan), found
+
+
+def _without_room(decoder: Decoder, config: ModelConfig, plan: Plan) -> list[str]:
+    """Two tokens where one more has room: refused where values can be seen, else NaN, and never logits."""
+    if plan.length < 2 or (config.ring_window is not None and plan.slots <= config.ring_window):
+        return []  # old positions make room in a ring
+    lengths = [*plan.cuts["chunks"][:-1], *[1] * (plan.cuts["chunks"][-1] - 1)]
+    kept = sum(lengths)
+    _, cache = in_steps(decoder, start(decoder, plan), plan.tokens[:, :kept], plan.real[:, :kept], lengths)
+    try:
+        logits, _, _ = decoder.step(cache, plan.tokens[:, :2], plan.real[:, :2])
+    except InputError:
+        return []
+    shown = int(np.isfinite(widened(logits)).sum())
+    return [f"two tokens where one has room: expected NaN, got {shown} finite logits"] if shown else []
 
 
 def poisoned(case: Case) -> Case:

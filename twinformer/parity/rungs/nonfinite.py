@@ -80,7 +80,7 @@ def _overflowing(evidence: Evidence, case: Case) -> list[Comparison]:
     call = evidence.self_attention(case)
     if call is None:
         return []
-    found = [_large_value(evidence, case, call)]
+    found = [_large_value(evidence, case, call), _seen_by_one_head(evidence, case, call)]
     if case.config.qk_norm == "none":  # a norm would take the size away again
         found.append(_large_score(evidence, case, call))
     return found
@@ -98,6 +98,19 @@ def _large_score(evidence: Evidence, case: Case, call: Call) -> Comparison:
         call, arguments=(X,), options={"mask": np.broadcast_to(hides, (X.shape[1],) * 2).copy()}
     )
     return alone(evidence, large, given, "score of a hidden key overflows")
+
+
+def _seen_by_one_head(evidence: Evidence, case: Case, call: Call) -> Comparison:
+    """A token that is not finite, under a mask of each head's own: every other query meets it, with its last head."""
+    X = call.arguments[0].copy()
+    T, middle = X.shape[1], X.shape[1] // 2
+    X[:, middle] = np.nan
+    allowed = np.ones((1, case.config.num_heads, T, T), np.bool_)
+    allowed[..., middle] = False
+    allowed[:, -1, ::2, middle] = True
+    options = {name: value for name, value in call.options.items() if name in ("bias", "positions")}
+    given = dataclasses.replace(call, arguments=(X,), options=options | {"mask": allowed})
+    return alone(evidence, case, given, "a token that is not finite, seen by one head")
 
 
 def _large_value(evidence: Evidence, case: Case, call: Call) -> Comparison:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from twinformer.parameters import model_parameters
-from twinformer.parity.case import with_all_digits
+from twinformer.parity.case import Case, with_all_digits
 from twinformer.parity.compare import Comparison, compare, set_problems, widened
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.twins import in_pytorch_layout
@@ -39,8 +39,9 @@ def check(evidence: Evidence) -> Rung:
             wrong += [path for path, comparison in found.items() if not comparison.agrees]
             wrong += set(leaves) ^ set(wanted)
     checked = f"{len(wanted)} leaves, {sum(int(np.prod(p.shape)) for p in wanted.values()):,} parameters"
-    rung = rung_of(checked, comparisons, problems)
-    rung.culprits = _owners(wrong)
+    refusals = _unrefused(evidence, case) if not problems else []
+    rung = rung_of(checked, comparisons, problems + refusals)
+    rung.culprits = _owners(wrong) or ["load_weights"] * bool(refusals)
     mute = (
         [
             path
@@ -54,6 +55,26 @@ def check(evidence: Evidence) -> Rung:
         rung.verdict = "cannot tell"
         rung.problems = [f"{path}: equals its own transpose, so that its layout shows nowhere" for path in mute]
     return rung
+
+
+def _unrefused(evidence: Evidence, case: Case) -> list[str]:
+    """What a twin does not say of tensors with four faults: one too many, one missing, one mis-shaped, one with NaN."""
+    tensors = dict(case.tensors)
+    first, second, third = list(tensors)[:3]
+    del tensors[first]
+    tensors[second] = np.zeros((*tensors[second].shape, 2))
+    tensors[third] = np.full(tensors[third].shape, np.nan)
+    tensors["none.of.its.leaves"] = np.zeros(1)
+    told = [twin.refusal(case, tensors) for twin in evidence.twins]
+    problems = [
+        f"{twin.name}: of wrong tensors: expected a refusal that names {path}, got {text or 'none'}"
+        for twin, text in zip(evidence.twins, told, strict=True)
+        for path in (first, second, third, "none.of.its.leaves")
+        if path not in text
+    ]
+    if not problems and told[0] != told[1]:
+        problems.append(f"of wrong tensors: expected the same words of both twins, got {told[0]!r} and {told[1]!r}")
+    return problems
 
 
 def _owners(paths: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twinformer.config import DType
+from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison, ErrorPair, FloatArray, compare, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence, Variant
 from twinformer.parity.twins import Precision, Run, is_block_level
@@ -18,7 +19,7 @@ from twinformer.parity.verdict import Rung, rung_of
 # How many times the other's error a twin's may be: docs/precision.md has the figures behind both
 LARGEST_RATIO = 16.0
 RMS_RATIO = 4.0
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
+_DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
 # neighbours of the case that are asked where the case itself leaves a doubt
@@ -38,7 +39,7 @@ def check(evidence: Evidence) -> Rung:
     pairs: list[ErrorPair] = []
     problems: list[str] = []
     most = 0
-    for dtype in DTYPES:
+    for dtype in dtypes(evidence.case):
         for precision in evidence.precisions():
             found, wrong, neighbours = _pairs(evidence, dtype, precision)
             most = max(most, neighbours)
@@ -50,6 +51,12 @@ def check(evidence: Evidence) -> Rung:
     if evidence.precisions() == ("default",):
         rung.notes.append("on the CPU the default precision of matrix products is the highest: run once")
     return rung
+
+
+def dtypes(case: Case) -> tuple[DType, ...]:
+    """Those that are asked of every model; float16, which most weights overflow, of one that is configured so."""
+    is_half = "float16" in (case.config.param_dtype, case.config.compute_dtype)
+    return (*_DTYPES, "float16") if is_half else _DTYPES
 
 
 def _pairs(evidence: Evidence, dtype: DType, precision: Precision) -> tuple[list[ErrorPair], list[str], int]:
@@ -128,7 +135,7 @@ def _draw(
 
 _GRADIENT = "gradient of "
 # half a unit in the last place of 1: the error that one rounding can make
-ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 
 
 def _tensors(run: Run) -> dict[str, FloatArray]:

@@ -17,7 +17,7 @@ import numpy as np
 from twinformer.config import DType
 from twinformer.parity.compare import Comparison, ErrorPair, compare
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs.precision import DTYPES, LARGEST_RATIO, RMS_RATIO, ROUNDING
+from twinformer.parity.rungs.precision import LARGEST_RATIO, RMS_RATIO, ROUNDING, dtypes
 from twinformer.parity.twins import Call, Replay
 from twinformer.parity.verdict import Rung, rung_of
 
@@ -38,7 +38,7 @@ def check(evidence: Evidence) -> Rung:
     findings: list[Comparison | ErrorPair] = []
     problems: list[str] = []
     culprits: list[str] = []
-    for dtype in DTYPES:
+    for dtype in dtypes(evidence.case):
         found, wrong = _in(evidence, dtype)
         findings += [one for of_call in found.values() for one in of_call]
         problems += [f"{name or 'the model itself'} ({dtype}): {problem}" for name, problem in wrong.items()]
@@ -65,7 +65,7 @@ def _in(evidence: Evidence, dtype: DType) -> tuple[dict[str, list[Comparison | E
             continue  # NaN came in, NaN goes out
         if call.kind not in COMPOSED:
             found[call.name] = [_pair(call, dtype, (first.name, second.name), right, one, other)]
-        if call.kind in LAID_DOWN and dtype == "bfloat16" and one.output.shape == other.output.shape:
+        if call.kind in LAID_DOWN and dtype != "float32" and one.output.shape == other.output.shape:
             found[call.name].append(_unequal(call, one, other))
         if one.dtype != other.dtype:
             problems[call.name] = f"output in {one.dtype} against {other.dtype}"

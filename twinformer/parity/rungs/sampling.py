@@ -61,10 +61,11 @@ def check(evidence: Evidence) -> Rung:
         if wrong or not all(one.agrees for one in figures):
             continue  # what is written with them would say it again, if anything could be written
         evidence.progress(f"{twin.name}: writing")
-        figures, wrong, count = written(twin, evidence.twins[0], case, writing, "sampled")
-        comparisons += figures
-        add(problems, twin.name, wrong)
-        tokens += count
+        for which in ("sampled", "penalised"):
+            figures, wrong, count = written(twin, evidence.twins[0], case, writing, which)
+            comparisons += figures
+            add(problems, twin.name, wrong)
+            tokens += count
     rows = sum(len(table.logits) for table in TABLES)
     return verdict(f"{rows} rows of logits, {tokens} tokens written", comparisons, problems, case, whole)
 

@@ -1,0 +1,124 @@
+"""Faults that a third reviewer thought of without having read the judge, and that it passed over then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from parity_tests.mutants.optimizers import _factor
+from parity_tests.mutants.patching import Patch
+from parity_tests.mutants.registry import mutant
+from twinformer.parameters import model_parameters
+
+
+@mutant("T197", case="decoder", culprits="*.attention", rungs=("nonfinite",))
+def what_the_first_head_sees_decides(patch: Patch) -> None:
+    """A row that is not finite reaches a query that meets it in any head; here only the first head's mask is asked."""
+
+    def wrong(exposed: Any) -> Any:
+        return lambda broken, allowed: exposed(broken, None if allowed is None else allowed[:, :1])
+
+    patch.function("masks", "exposed", wrong)
+
+
+@mutant("T198", case="decoder", culprits="the cache", rungs=("decoding",), twins=("torch_impl",))
+def step_shared_with_the_cache_before(patch: Patch) -> None:
+    """Buffers are changed in place: a cache made from another needs its own."""
+
+    def wrong(reorder: Any) -> Any:
+        return lambda cache, rows: reorder(cache, rows) | {"step": cache["step"]}
+
+    patch.function("cache", "reorder_cache", wrong)
+
+
+@mutant("T199", case="write-decoder", culprits="beam_search", rungs=("beams",), twins=("torch_impl",))
+def second_end_in_a_step_is_lost(patch: Patch) -> None:
+    """The beam shrinks while its ends are collected, which then are fewer."""
+
+    def wrong(enter: Any) -> Any:
+        def changed(self: Any, tokens: Any, total: Any, *, finished: bool) -> None:
+            is_second = finished and self._beam.shrink and getattr(self, "_ended", None) == len(tokens)
+            if finished:
+                self._ended = len(tokens)
+            if is_second:
+                patch.reached()
+                return
+            enter(self, tokens, total, finished=finished)
+
+        return changed
+
+    patch.method("beam", "_Row", wrong, "enter", quiet=True)
+
+
+@mutant("T200", case="train-decoder", culprits="places", rungs=("accumulation",))
+def next_tokens_after_padding(patch: Patch) -> None:
+    """Only the target has to be real."""
+
+    def wrong(next_tokens: Any) -> Any:
+        def changed(tokens: Any, real: Any = None) -> Any:
+            inputs, targets, places = next_tokens(tokens, real)
+            return inputs, targets, places if real is None else patch.xp.asarray(real)[:, 1:]
+
+        return changed
+
+    patch.function("losses", "next_tokens", wrong)
+
+
+@mutant("T201", case="train-decoder", culprits="clipped sum", rungs=("accumulation",))
+def clipped_by_a_rounded_factor(patch: Patch) -> None:
+    """In bfloat16, as its gradients were before they were summed."""
+
+    def factor(norm: Any, most: Any) -> Any:
+        found = patch.xp.where(norm > most, most / norm, 1.0)
+        return found if "float64" in str(norm.dtype) else patch.cast(patch.cast(found, "bfloat16"), "float32")
+
+    _factor(patch, factor)
+
+
+@mutant("T202", case="write-decoder", culprits="Generator", rungs=("sampling",))
+def padding_is_penalised_as_token_0(patch: Patch) -> None:
+    def torch_seen(seen: Any) -> Any:
+        def changed(task: Any, vocab_size: int) -> Any:
+            found = seen(task, vocab_size)
+            found[:, 0] |= torch.from_numpy(~task.real.all(1))
+            return found
+
+        return changed
+
+    def flax_start(start: Any) -> Any:
+        def changed(ask: Any, *args: Any) -> Any:
+            written = start(ask, *args)
+            if written.seen is None:
+                return written
+            return written._replace(seen=written.seen.at[:, 0].max(~ask.real.all(1)))
+
+        return changed
+
+    if patch.is_torch:
+        patch.function("generation", "_seen", torch_seen)
+    else:
+        patch.function("generation", "_start", flax_start)
+
+
+@mutant("T203", case="decoder", culprits="load_weights", rungs=("parameters",))
+def unexpected_leaves_are_ignored(patch: Patch) -> None:
+    def wrong(load_weights: Any) -> Any:
+        def changed(model: Any, tensors: Any, **options: Any) -> None:
+            wanted = model_parameters(model.config)
+            load_weights(model, {path: np.asarray(leaf) for path, leaf in tensors.items() if path in wanted}, **options)
+
+        return changed
+
+    patch.function("weights", "load_weights", wrong)
+
+
+@mutant("T204", case="half-llama", culprits=("*norm", "*.rotary", "*.attention"), rungs=("rounding",))
+def float16_is_not_widened(patch: Patch) -> None:
+    """What is wide of bfloat16 is taken to be wide enough of float16."""
+
+    def wrong(wide_dtype: Any) -> Any:
+        return lambda dtype: dtype if "float16" in str(dtype) and "bf" not in str(dtype) else wide_dtype(dtype)
+
+    patch.function("linear", "wide_dtype", wrong)
