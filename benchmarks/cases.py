@@ -125,6 +125,8 @@ FULL = (
     Case("seq2seq-train", "train", _bart(512, 3, 128, 8192), B=8, T=64, S=96),
     Case("prefill", "prefill", _llama(512, 6, 512, 8192), B=1, T=256),
     Case("decode-1", "decode", _llama(512, 6, 512, 8192), B=1, T=64, new=64),
+    Case("decode-2", "decode", _llama(512, 6, 512, 8192), B=2, T=64, new=64),
+    Case("decode-4", "decode", _llama(512, 6, 512, 8192), B=4, T=64, new=64),
     Case("decode-8", "decode", _llama(512, 6, 512, 8192), B=8, T=64, new=64),
     Case("beam", "beam", _bart(256, 3, 128, 4096), B=2, T=1, S=48, new=32),
     Case("dispatch-train", "dispatch", _gpt2(8, 12, 8, 16), B=1, T=4),

@@ -52,13 +52,22 @@ def check_choices(where: str, **choices: tuple[Any, Any]) -> None:
     problems.raise_if_any()
 
 
+_LARGE = 1 << 16  # numbers of a matrix that is worth reading twice, once for each of two rows
+
+
 def matmul(X: Float[Array, "..."], Y: Float[Array, "..."]) -> Float[Array, "..."]:
     """``X Y``, batched over the leading axes: every matrix product of this package.
 
     The one place where its precision is decided: JAX's own setting (``jax.default_matmul_precision``).
     """
     is_plain = Y.ndim == 2 or X.shape[:-2] == Y.shape[:-2]
-    return _product(X, Y) if _first_gradients and is_plain else jnp.matmul(X, Y)
+    if _first_gradients and is_plain:
+        return _product(X, Y)
+    # two rows cost XLA on a CPU nearly three times one row, from memory twice what they need
+    if Y.ndim == 2 and Y.size >= _LARGE and X.size == 2 * X.shape[-1] and jax.default_backend() == "cpu":
+        rows = X.reshape(2, X.shape[-1])
+        return jnp.concatenate([rows[:1] @ Y, rows[1:] @ Y]).reshape(*X.shape[:-1], Y.shape[-1])
+    return jnp.matmul(X, Y)
 
 
 def in_training() -> bool:

@@ -49,7 +49,8 @@ class System:
 
 
 _TRAIN = ("encoder-train", "decoder-train", "seq2seq-train")
-_MODEL = ("encoder-forward", *_TRAIN, "prefill", "decode-1", "decode-8", "beam")
+_DECODE = ("decode-1", "decode-2", "decode-4", "decode-8")
+_MODEL = ("encoder-forward", *_TRAIN, "prefill", *_DECODE, "beam")
 _NO_BEAM = tuple(name for name in _MODEL if name != "beam")  # x_transformers_peer says why
 _DISPATCH = ("dispatch-train", "dispatch-forward")
 _MICRO = tuple(
