@@ -1,7 +1,9 @@
 """Random configurations by the thousand: ``python -m parity_tests.fuzz --cases 1000 --out FILE``.
 
-Each is judged in float64 (parameters, forward, gradients) like any other subject. One line of JSON is written for each
-as it is done; what FILE already holds is not judged again, so a run can be stopped and taken up at any time.
+Each is judged in float64 (parameters, forward, gradients) like any other subject, or on the rungs that ``--rungs``
+names, where a right model must not be called wrong: a rung that cannot be climbed is written down as well. One line of
+JSON is written for each as it is done; what FILE already holds is not judged again, so a run can be stopped and taken
+up at any time.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def subject_of(drawn: Any, name: str) -> Any:
     return make_case(name, drawn.config, telling_weights(drawn.config, drawn.seed), inputs, drawn.seed)
 
 
-def judged(number_and_seed: tuple[int, int]) -> dict[str, Any]:
+def judged(asked: tuple[int, int, tuple[str, ...]]) -> dict[str, Any]:
     """One line: the verdict, the worst figure of each rung, and what was drawn where it is not agreement."""
     import gc
 
@@ -49,14 +51,20 @@ def judged(number_and_seed: tuple[int, int]) -> dict[str, Any]:
     from parity_tests.strategies import seeded_cases
     from twinformer.parity import judge
 
-    number, seed = number_and_seed
+    number, seed, rungs = asked
     drawn = seeded_cases(1, seed=seed * 1_000_000 + number)[0]
-    report = judge(subject_of(drawn, f"{seed}/{number}"), rungs=RUNGS)
+    try:
+        report = judge(subject_of(drawn, f"{seed}/{number}"), rungs=rungs)
+    except Exception as error:  # it is what is looked for
+        problem = f"{type(error).__name__}: {error}"
+        config = dataclasses.asdict(drawn.config)
+        return {"case": f"{seed}/{number}", "verdict": "crash", "problems": [problem], "config": config}
     line: dict[str, Any] = {"case": f"{seed}/{number}", "verdict": report.verdict, "seconds": round(report.seconds, 2)}
     for name, rung in report.rungs.items():
         worst = rung.worst
         line[name] = None if worst is None else {"relative": getattr(worst, "relative", None), "where": worst.name}
     if report.verdict != "agree":
+        line["rungs"] = {name: rung.verdict for name, rung in report.rungs.items() if rung.verdict == "differ"}
         line["problems"] = [text for rung in report.rungs.values() for text in rung.problems][:8]
         line["config"] = dataclasses.asdict(drawn.config)
         line["padding"] = drawn.padding
@@ -71,11 +79,13 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rungs", default=",".join(RUNGS), help="separated by commas; default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, continued where it ends")
     options = parser.parse_args()
     lines = read_lines(options.out)
     done = {line["case"] for line in lines}
-    todo = [(number, options.seed) for number in range(options.cases) if f"{options.seed}/{number}" not in done]
+    rungs = tuple(options.rungs.split(","))
+    todo = [(number, options.seed, rungs) for number in range(options.cases) if f"{options.seed}/{number}" not in done]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     with options.out.open("a", encoding="utf-8") as out, Progress(console=console) as progress:
@@ -99,13 +109,13 @@ def summarize(lines: list[dict[str, Any]]) -> int:
     for name in RUNGS[1:]:
         judged_there = [line for line in lines if line.get(name)]
         if judged_there:
-            worst = max(judged_there, key=lambda line: line[name]["relative"])
+            worst = max(judged_there, key=lambda line: line[name]["relative"] or 0.0)
             console.print(f"{name}: largest {worst[name]['relative']:.1e} ({worst['case']}, {worst[name]['where']})")
     for line in lines:
         if line["verdict"] != "agree":
-            style = "red" if line["verdict"] == "differ" else "yellow"
+            style = "yellow" if line["verdict"] == "cannot tell" else "red"
             console.print(f"{line['case']}: {line['verdict']}: {line['problems'][0]}", style=style)
-    return 0 if verdicts["agree"] and not verdicts["differ"] else 1
+    return 0 if verdicts["agree"] and not verdicts["differ"] and not verdicts["crash"] else 1
 
 
 def run_all(judge: Callable[[Todo], Found], todo: list[Todo], jobs: int) -> Iterator[Found]:

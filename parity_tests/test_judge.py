@@ -27,15 +27,16 @@ def small(name: str, length: int = 12):
     return random_case(name, preset(name), seed=3, batch=4, length=length)
 
 
-#: judged on every rung; the others on those that look at what is their own, low precision where they compute most
+#: judged on every rung; the others on those that look at what is their own, low precision and other calls where they
+#: compute most
 WHOLE = ("bert", "llama")
-LOW = ("gemma", "t5")
-EVERYWHERE = ("parameters", "forward", "calls", "nonfinite", "gradients")
+MORE = {"gemma": ("precision",), "t5": ("calls", "precision")}
+EVERYWHERE = ("parameters", "forward", "nonfinite", "gradients")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_agree_at_full_length(name):
-    wanted = (*EVERYWHERE, *(("precision",) if name in LOW else ()))
+    wanted = (*EVERYWHERE, *MORE.get(name, ()))
     rungs = [rung for rung in BY_DEFAULT if name in WHOLE or rung in wanted]
     report = judge(random_case(name, preset(name)), rungs=rungs)
     report.assert_agrees()

@@ -18,6 +18,7 @@ from twinformer.parity.rungs import beams, sampling
 from twinformer.parity.sampling_tables import CHAINS, HOPELESS, TABLES, UNIFORMS
 from twinformer.parity.scenarios import BEAMS, BLOCK, PROMPT, long_search, searches, writing_for
 from twinformer.parity.twins import TorchTwin
+from twinformer.parity.writing_checks import compared
 from twinformer.presets import preset
 
 # checks of shapes at every call, which other tests make, take most of the time here
@@ -414,3 +415,11 @@ def test_rounding_is_no_difference():
     assert sampling.check(Evidence(small("textbook-decoder"), twins)).verdict == "agree"
     twins = (TorchTwin(), Changed("search mean", moved("scores", (0, 1), 1e-12)))
     assert beams.check(Evidence(small("textbook-decoder"), twins)).verdict == "agree"
+
+
+def test_log_probabilities_near_0_keep_the_rounding_of_logits():
+    """Of a model that is certain they are differences of nearly equal numbers (found by chance)."""
+    expected = np.array([[-2e-8, 0.0]])
+    assert compared("certain", expected + 2e-15, expected).agrees
+    assert not compared("certain", expected + 2e-12, expected).agrees
+    assert not compared("not so", np.array([-20.0]) + 1e-10, np.array([-20.0])).agrees

@@ -114,3 +114,10 @@ def test_every_count_can_fail(what):
     assert all(count.agrees for count in _counts(Drops(right), 0.2))
     failed = [count.name for count in _counts(Drops(WRONG[what]), 0.2) if not count.agrees]
     assert any(what in name for name in failed), failed
+
+
+def test_a_case_that_has_a_key_gets_the_rungs_own(case):
+    """A key has one axis, and no tokens to cut (found by chance)."""
+    keyed = with_dropout(dataclasses.replace(case, inputs=case.inputs | {"rng": np.array([1, 2])}))
+    assert np.array_equal(keyed.inputs["rng"], with_dropout(case).inputs["rng"])
+    assert set(keyed.inputs) == {*case.inputs, "rng"}

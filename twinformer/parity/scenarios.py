@@ -190,7 +190,8 @@ def searches(config: ModelConfig, writing: Writing, stop: tuple[int, ...]) -> li
     together = tuple(range(1, config.vocab_size, 3))
     return [
         Search("mean", BEAMS["mean"], new, stop, everything),
-        Search("gnmt", BEAMS["gnmt"], new, tuple(dict.fromkeys((*stop, *together))), allowed),
+        Search("gnmt", BEAMS["gnmt"], new, stop, allowed),
+        Search("ends together", BEAMS["gnmt"], new, together, allowed),
         Search("nearly equal", BEAMS["mean"], new, often, everything, "flat"),
         Search("all equal", BEAMS["tied"], new, tied_stop, everything, "zero"),
     ]

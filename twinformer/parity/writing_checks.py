@@ -58,7 +58,7 @@ def written(
                 continue
             expected = _logprobs(found.tokens, _live(found), logits)
             label = f"Generator (logprobs, {scenario.name}, {twin.name})"
-            comparisons.append(compare(label, found.logprobs, expected, bound=BOUND))
+            comparisons.append(compared(label, found.logprobs, expected))
             again = _generated_again(twin, case, writing, writer, scenario)
             if not np.array_equal(again.tokens, found.tokens):
                 logits = _logits_under(judge, case, writing, again.tokens, _live(again))
@@ -67,8 +67,16 @@ def written(
             problems += wrong
             if not wrong:
                 label = f"Generator (logprobs, {scenario.name}, a second call, {twin.name})"
-                comparisons.append(compare(label, again.logprobs, expected, bound=BOUND))
+                comparisons.append(compared(label, again.logprobs, expected))
     return comparisons, {"Generator": problems} if problems else {}, count
+
+
+def compared(label: str, found: Array, expected: FloatArray) -> Comparison:
+    """Log-probabilities are differences of numbers that are not small: near 0 of a model that is certain they keep the
+    rounding of those."""
+    return compare(
+        label, widened(found), expected, bound=BOUND, scale=max(1.0, float(np.abs(expected).max(initial=0.0)))
+    )
 
 
 def rescored(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[list[Comparison], Problems]:
@@ -98,7 +106,7 @@ def rescored(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[lis
             case,
             lambda: writer.score(writing.prompts, texts[0].tokens, continuation_mask=told, **writing.options()),
         )
-    comparisons = [compare(f"score ({asked[0].name}, {twin.name})", scored, expected, bound=BOUND)]
+    comparisons = [compared(f"score ({asked[0].name}, {twin.name})", scored, expected)]
     return comparisons, {"Generator.stream": problems} if problems else {}
 
 

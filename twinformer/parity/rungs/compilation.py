@@ -29,6 +29,7 @@ from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
 from twinformer.parity.rungs.stochastic import with_dropout
 from twinformer.parity.twins import Run
 from twinformer.parity.verdict import Rung, rung_of
+from twinformer.parity.writing_checks import compared
 
 CAST = "torch_impl, cast and back"
 COMPILED_TRAINER = "torch_impl, compiled trainer"
@@ -107,10 +108,9 @@ def _written(evidence: Evidence) -> list[Comparison]:
     usual = twin.once("usual generator", case, ask)
     found = twin.once("compiled generator", case, lambda: write_compiled(twin, case, writing, _NEW))
     pairs = {name: (getattr(found, name), getattr(usual, name)) for name in ("tokens", "lengths", "logprobs")}
-    return [
-        compare(f"{name} ({COMPILED_GENERATOR})", *pair, bound=FORWARD_BOUND if name == "logprobs" else 0.0)
-        for name, pair in pairs.items()
-    ]
+    logprobs = pairs.pop("logprobs")
+    exact = [compare(f"{name} ({COMPILED_GENERATOR})", *pair, bound=0.0) for name, pair in pairs.items()]
+    return [*exact, compared(f"logprobs ({COMPILED_GENERATOR})", *logprobs)]
 
 
 def against_itself(label: str, run: Run, usual: Run, sides: tuple[str, str]) -> tuple[list[Comparison], list[str]]:

@@ -87,7 +87,7 @@ def _gradients(
 def with_dropout(case: Case) -> Case:
     """The last tokens of the case with a key, and with dropout everywhere where it has none."""
     config = with_rates(case.config)
-    inputs = {name: values[:, -_LENGTH:] for name, values in case.inputs.items()}
+    inputs = {name: values[:, -_LENGTH:] for name, values in case.inputs.items() if name != "rng"}
     inputs["rng"] = np.array(_KEY, np.int64)
     cotangent = case.cotangent if case.cotangent.ndim == 2 else case.cotangent[:, -_LENGTH:]
     return dataclasses.replace(case, config=config, inputs=inputs, cotangent=cotangent)
