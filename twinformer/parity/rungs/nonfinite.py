@@ -80,8 +80,12 @@ def _overflowing(evidence: Evidence, case: Case) -> list[Comparison]:
     call = evidence.self_attention(case)
     if call is None:
         return []
-    found, length = [_large_value(evidence, case, call)], call.arguments[0].shape[1]
-    if length >= 4:  # some queries have to be left that do not meet it
+    found: list[Comparison] = []
+    rows, length = call.arguments[0].shape[:2]
+    # each time something has to be left that does not meet it
+    if rows >= 2:
+        found.append(_large_value(evidence, case, call))
+    if length >= 4:
         found.append(_seen_by_one_head(evidence, case, call))
     if case.config.qk_norm == "none" and length >= 2:  # a norm would take the size away again
         found.append(_large_score(evidence, case, call))
