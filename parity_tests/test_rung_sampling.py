@@ -200,7 +200,7 @@ def test_both_twins_write_alike():
 def test_both_twins_search_alike():
     rung = beams.check(Evidence(small("textbook-decoder")))
     assert rung.verdict == "agree", rung.problems
-    assert rung.checked.startswith("64 hypotheses, ")
+    assert rung.checked.startswith("80 hypotheses, ")
     names = {one.name for one in rung.comparisons}
     for twin in ("torch_impl", "flax_impl"):
         assert {f"Generator (logprobs, greedy, {twin})", f"score (greedy, {twin})"} <= names
@@ -236,7 +236,7 @@ def test_scenarios_end_at_different_places():
     case, writing = sampling.prepared(small("textbook-decoder"))
     from twinformer.parity.writing_checks import with_ends
 
-    greedy, sampled = with_ends(TorchTwin(), case, writing)
+    greedy, sampled, _ = with_ends(TorchTwin(), case, writing)
     with TorchTwin().writers(case) as make:
         found = [
             make(case).generate(writing.prompts, **writing.options(), **one.options()) for one in (greedy, sampled)
