@@ -19,6 +19,6 @@ does_not_apply(
     "W14",
     "W15",
 )
-does_not_apply("not judged: float16 is offered, the judge runs float64, float32 and bfloat16", "W12")
+does_not_apply("not planted: float16 is judged in models that are configured so, none of which is so large", "W12")
 does_not_apply("needs an accelerator: on a CPU every setting of matrix products computes the same", "X1", "X2", "X8")
 does_not_apply("needs eager Flax: the judge compares compiled runs (rung 4 asks about eager = jit)", "X3")
