@@ -11,7 +11,17 @@ import torch_impl
 from parity_tests.helpers import shape_hook_off
 from twinformer.parity import judge, random_case
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs import calls, compilation, forward, nonfinite, optimizer, persistence, resumption, sharding
+from twinformer.parity.rungs import (
+    calls,
+    compilation,
+    forward,
+    nonfinite,
+    optimizer,
+    parameters,
+    persistence,
+    resumption,
+    sharding,
+)
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.presets import preset
 
@@ -143,6 +153,26 @@ def test_a_vocabulary_of_one_does_not_apply():
     assert report.rungs["nonfinite"].verdict == "does not apply"
     assert report.verdict == "does not apply"
     assert report.exit_code == 2
+
+
+class Terse(TorchTwin):
+    """Refuses wrong leaves as it should, in other words than the other twin."""
+
+    def refusal(self, case, tensors):
+        return f"No: {super().refusal(case, tensors)}"
+
+
+class Willing(TorchTwin):
+    def refusal(self, case, tensors):
+        return ""
+
+
+@pytest.mark.parametrize(("twin", "told"), [(Terse, "the same words of both twins"), (Willing, "got none")])
+def test_a_refusal_of_wrong_leaves_is_asked_for(twin, told):
+    rung = parameters.check(Evidence(small("llama", num_layers=1), (twin(), FlaxTwin())))
+    assert rung.verdict == "differ"
+    assert rung.culprits == ["load_weights"]
+    assert told in rung.problems[0]
 
 
 @pytest.mark.parametrize(("batch", "length"), [(4, 1), (2, 2), (1, 3), (1, 4)])

@@ -135,8 +135,7 @@ def decode(make: Callable[[bool], Decoder], plan: Plan) -> Decoded:
     full["reordered"] = full["masked"][list(ORDER)]
     full["alone"] = full["masked"][:1]
     full["placed"] = np.take_along_axis(full["placed"], plan.at[:, None, None], 1)
-    moved: list[str] = []
-    return Decoded(full, _cells(sound, poisoned, plan, moved), moved)
+    return Decoded(full, *_cells(sound, poisoned, plan))
 
 
 def positions_of(real: npt.NDArray[np.bool_]) -> Array:
@@ -149,8 +148,10 @@ def _places(real: npt.NDArray[np.bool_]) -> Array:
     return positions_of(np.ones_like(real))
 
 
-def _cells(sound: Decoder, poisoned: Decoder, plan: Plan, moved: list[str]) -> dict[str, FloatArray]:
+def _cells(sound: Decoder, poisoned: Decoder, plan: Plan) -> tuple[dict[str, FloatArray], list[str]]:
+    """The cells, and the leaves that moved."""
     found: dict[str, FloatArray] = {}
+    moved: list[str] = []
     for name, cut in plan.cuts.items():
         cache = start(sound, plan)
         found[f"masked: {name}, fresh cache"], cache = in_steps(sound, cache, plan.tokens, plan.real, cut)
@@ -171,25 +172,27 @@ def _cells(sound: Decoder, poisoned: Decoder, plan: Plan, moved: list[str]) -> d
     one_place, _, _ = sound.step(start(sound, plan), plan.tokens, plan.real, plan.positions, plan.at)
     found["placed: one prefill, positions given, logits of one place"] = widened(one_place)
     if len(chunks) > 1:
-        found |= _reordered(sound, plan, chunks, moved)
-    return found
+        found["reordered: chunks, rows exchanged"], moved = _reordered(sound, plan, chunks)
+    return found, moved
 
 
-def _reordered(sound: Decoder, plan: Plan, chunks: list[int], moved: list[str]) -> dict[str, FloatArray]:
+def _reordered(sound: Decoder, plan: Plan, chunks: list[int]) -> tuple[FloatArray, list[str]]:
     """The last chunk after the rows were exchanged, as beams are; what comes before is that of the new row.
 
-    The cache from before is another's, and stays what it was."""
+    Also which leaves of the cache from before moved with it: that one is another's, and stays what it was.
+    """
     order, kept = np.array(ORDER), plan.length - chunks[-1]
     first, cache = in_steps(sound, start(sound, plan), plan.tokens[:, :kept], plan.real[:, :kept], chunks[:-1])
     old, before = cache, {name: leaf.copy() for name, leaf in sound.leaves(cache).items()}
     cache = sound.reorder(cache, order)
     rest = slice(kept, None)
     last, _ = in_steps(sound, cache, plan.tokens[order][:, rest], plan.real[order][:, rest], chunks[-1:])
-    moved += [name for name, leaf in sound.leaves(old).items() if not np.array_equal(leaf, before[name])]
-    return {"reordered: chunks, rows exchanged": np.concatenate([first[order], last], 1)}
+    moved = [name for name, leaf in sound.leaves(old).items() if not np.array_equal(leaf, before[name])]
+    return np.concatenate([first[order], last], 1), moved
 
 
 def start(decoder: Decoder, plan: Plan) -> Any:
+    """An empty cache for the plan's rows."""
     return decoder.start(ROWS, plan.slots, plan.source, plan.source_real)
 
 
