@@ -73,6 +73,7 @@ class Trainer:
         self._add = jax.jit(self._run_add, donate_argnums=0)
         self._finish = jax.jit(self._run_finish, donate_argnums=0)
         self._judge = jax.jit(self._run_evaluation)
+        self._score = jax.jit(self._run_log_probabilities)
 
     def init(self, tensors: Mapping[str, Any] | None = None) -> State:
         """The state before the first step, from weights by path in PyTorch's orientation, or freshly drawn ones.
@@ -116,6 +117,15 @@ class Trainer:
         self._check_state("Trainer.evaluate", state)
         total, count, correct = self._judge(self._changing(state), self._frozen(state), _arrays(batch))
         return Evaluation(total=float(total), count=int(count), correct=int(correct))
+
+    def log_probabilities(self, state: State, batch: Batch) -> npt.NDArray[Any]:
+        """``[B, T]``: the natural logarithm of each real target's probability, elsewhere 0; as in ``evaluate``.
+
+        In the wide dtype. Raises InputError.
+        """
+        self._check_batches("Trainer.log_probabilities", [batch], 1, 0.0)
+        self._check_state("Trainer.log_probabilities", state)
+        return np.asarray(self._score(self._changing(state), self._frozen(state), _arrays(batch)))
 
     def export_state(self, state: State) -> dict[str, npt.NDArray[Any]]:
         """All of the state by name (``optimizer/exp_avg/<path>``), a copy in PyTorch's orientation, dtypes kept."""
@@ -179,6 +189,15 @@ class Trainer:
         total, count = cross_entropy(logits, targets, real=real)
         hit = (jnp.argmax(logits, axis=-1) == targets) & ~jnp.any(jnp.isnan(logits), axis=-1)
         return total, count, jnp.sum(hit & real, dtype=jnp.int32)
+
+    def _run_log_probabilities(self, changing: Flat, frozen: Flat, arrays: Arrays) -> Float[Array, "B T"]:
+        _, targets, real, _ = arrays
+        logits = self._logits(self._weights(self._unflatten(changing, frozen), averaged=True), arrays, None)
+        X = logits.astype(wide_dtype(logits.dtype))
+        above = X - jnp.max(X, axis=-1, keepdims=True)  # first: where p is near 1 its logarithm is a small difference
+        is_target = jnp.arange(X.shape[-1]) == jnp.asarray(targets)[..., None]
+        found = jnp.sum(jnp.where(is_target, above, 0), axis=-1) - jnp.log(jnp.sum(jnp.exp(above), axis=-1))
+        return jnp.where(jnp.asarray(real), found, 0)
 
     def _sums(self, changing: Flat, frozen: Flat, s: Array, place: Array | int, arrays: Arrays) -> Sums:
         """Loss and targets of one micro-batch, summed, and the gradient of the loss, wide."""

@@ -363,6 +363,24 @@ def test_pieces_are_measured_beside_n_grams(tmp_path, pieces):
     assert "pieces 3" in done.output
 
 
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_pieces_are_measured_while_the_model_learns_from_them(tmp_path, pieces, backend):
+    place = tmp_path / "run"
+    good("train", "--out", place, "--data", f"guitar:{pieces}", *SMALL, "--length", "32")
+    good("evaluate", place, "--limit", "2", "--adapt", "--backend", backend, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    values = {(one["system"], one["name"]): one["value"] for one in found["measures"]}
+    assert values["model, adapting", "nats per token"] < values["model", "nats per token"]
+    assert values["7-gram, adapting", "nats per token"] != values["7-gram, Kneser-Ney", "nats per token"]
+    assert found["adapting"] == "stride 32, learning_rate 0.0002, beta2 0.98, transposition 4"
+
+
+def test_only_pieces_are_adapted_to(tmp_path, text):
+    place = tmp_path / "run"
+    good("train", "--out", place, "--data", f"text:{text}", *SMALL, "--length", "32")
+    refused("evaluate", place, "--adapt", words=["expected pieces (guitar:FILE), got data text:"])
+
+
 def test_pairs_for_both_architectures(tmp_path, pairs):
     place = tmp_path / "run"
     good("train", "--out", place, "--data", f"pairs:{pairs}", *TEXT, "--samples", "1")

@@ -122,6 +122,21 @@ class Trainer:
         correct = (logits.argmax(-1) == targets) & real & ~logits.isnan().any(-1)
         return Evaluation(float(total), int(count), int(correct.sum()))
 
+    @torch.no_grad()
+    def log_probabilities(self, state: State, batch: Batch) -> npt.NDArray[Any]:
+        """``[B, T]``, wide: ``ln p[target]``, of the weights that ``weights`` gives; 0 where a target does not count.
+
+        Minus their sum is the total that ``evaluate`` gives. Raises InputError for a batch that does not fit the model.
+        """
+        self._check("Trainer.log_probabilities", [batch], smoothing=0.0)
+        inputs, targets, real, allowed = self._native(batch)
+        with self._weights_in_place(self._final(state)):
+            logits = self._logits(inputs, allowed, None)
+        # what stands where no target counts is no token, and may be out of range
+        chosen = torch.where(real, targets, 0)[..., None].long()
+        logs = logits.to(wide_dtype(logits.dtype)).log_softmax(-1).gather(-1, chosen)[..., 0]
+        return _array(torch.where(real, logs, 0).cpu())
+
     def export_state(self, state: State) -> dict[str, npt.NDArray[Any]]:
         """All of the state as copies in NumPy: ``parameters/<path>``, ``frozen/<path>``, ``optimizer/<slot>/<path>``,
         and ``optimizer/step``, an int64.

@@ -249,6 +249,9 @@ class Trainer(Protocol):
     def evaluate(self, state: Any, batch: Batch) -> Evaluation:
         """Without dropout, smoothing and z-loss; with the averaged weights where the optimizer keeps them."""
 
+    def log_probabilities(self, state: Any, batch: Batch) -> Any:
+        """``[B, T]``, NumPy, wide: ln p of each target, as ``evaluate`` sees it; 0 where a target does not count."""
+
     def export_state(self, state: Any) -> dict[str, Any]:
         """All of it as NumPy arrays by name, in PyTorch's orientation, dtypes kept."""
 

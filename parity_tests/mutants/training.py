@@ -267,6 +267,34 @@ def evaluated_without_the_average(patch: Patch) -> None:
     patch.method("training", "Trainer", wrong, name="evaluate")
 
 
+@mutant("T205", case=_CASE, culprits="evaluation: log-probabilities", rungs=_RUNGS)
+def log_probabilities_without_the_average(patch: Patch) -> None:
+    """As T87, where they are asked for one by one."""
+
+    def wrong(call: Any) -> Any:
+        def log_probabilities(self: Any, state: Any, batch: Any) -> Any:
+            return call(self, {**state, "optimizer": {**state["optimizer"], "ema": state["parameters"]}}, batch)
+
+        return log_probabilities
+
+    patch.method("training", "Trainer", wrong, name="log_probabilities")
+
+
+@mutant("T206", case=_CASE, culprits="evaluation: log-probabilities", rungs=_RUNGS)
+def log_probabilities_of_the_next_target(patch: Patch) -> None:
+    """Each place is given that of the target after it."""
+
+    def wrong(call: Any) -> Any:
+        def log_probabilities(self: Any, state: Any, batch: Any) -> Any:
+            after = np.roll(batch.targets, -1, axis=1)
+            counts = np.roll(batch.real, -1, axis=1)  # what stands elsewhere need be no token
+            return call(self, state, dataclasses.replace(batch, targets=np.where(counts, after, batch.targets)))
+
+        return log_probabilities
+
+    patch.method("training", "Trainer", wrong, name="log_probabilities")
+
+
 @mutant("T88", case=_CASE, culprits="gradient norm", rungs=_RUNGS)
 def norm_told_after_clipping(patch: Patch) -> None:
     """Nothing is trained otherwise: the curve alone is wrong."""

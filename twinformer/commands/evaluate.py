@@ -29,6 +29,13 @@ def evaluate(
         typer.Option("--train", metavar="FILE", help="Pieces that n-gram baselines learn from, if the run has none."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many sequences, pieces or batches.")] = None,
+    adapt: Annotated[
+        bool,
+        typer.Option(
+            "--adapt",
+            help="Pieces: measure also the model that learns from each piece while it predicts it. Takes minutes.",
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything that was measured to FILE.")
     ] = None,
@@ -36,13 +43,15 @@ def evaluate(
     """Measure a trained model, beside what rules without learning reach, with 95 % intervals.
 
     Tablature: strings right per note and in whole sequences, beside the lowest fret and the cheapest path (Viterbi).
-    Pieces: nats per token and per note, beside n-grams. Texts, pairs, masked texts: loss, perplexity, accuracy.
+    Pieces: nats per token and per note, beside n-grams; with --adapt also by dynamic evaluation. Texts, pairs, masked
+    texts: loss, perplexity, accuracy.
     """
     with told_plainly("nothing was measured"):
         check_writable({"--json": json_file})
         from rich.table import Table
 
         from twinformer.errors import ConfigError
+        from twinformer.runs.adaptation import Adaptation
         from twinformer.runs.backends import default_backend
         from twinformer.runs.evaluate import evaluate as measure
         from twinformer.runs.measures import as_rows
@@ -50,12 +59,19 @@ def evaluate(
 
         if backend not in (None, "torch", "flax"):
             raise ConfigError("evaluate", [f"--backend: expected torch or flax, got {backend!r}"])
-        with err.status("measuring"):
+        with err.status("measuring") as status:
             subject = find(Path(model), checkpoint=checkpoint, tell=lambda text: err.print(text, markup=False))
             if backend is None:
                 backend = subject.options.backends[0] if subject.options is not None else default_backend()
             report = measure(
-                subject, data=data, backend=backend, batch_size=batch_size, train_file=train_file, limit=limit
+                subject,
+                data=data,
+                backend=backend,
+                batch_size=batch_size,
+                train_file=train_file,
+                limit=limit,
+                adaptation=Adaptation() if adapt else None,
+                tell=status.update,
             )
         rows = as_rows(report)
         table = Table(*rows[0], title=report.title, title_justify="left")

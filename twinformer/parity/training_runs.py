@@ -43,13 +43,14 @@ class Step:
 @dataclass(frozen=True)
 class Trained:
     """A run. ``state``: what is kept besides the parameters, by name, after the last step; ``weights``: what would be
-    saved; ``evaluation``: of the first micro-batch, with those (None: not asked for); ``exported``: all that a
-    trainer needs to go on."""
+    saved; ``evaluation`` and ``logs``, the targets' log-probabilities: of the first micro-batch, with those (None: not
+    asked for); ``exported``: all that a trainer needs to go on."""
 
     steps: tuple[Step, ...]
     state: Leaves
     weights: Leaves
     evaluation: Evaluation | None = None
+    logs: FloatArray | None = None
     exported: dict[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -83,7 +84,8 @@ def train(
     kept = {name: widened(leaf) for name, leaf in exported.items() if name.startswith("optimizer/")}
     weights = {path: widened(leaf) for path, leaf in trainer.weights(state).items()}
     evaluation = trainer.evaluate(state, lessons[0][0]) if evaluate else None
-    return Trained(tuple(steps), kept, weights, evaluation, exported)
+    logs = widened(trainer.log_probabilities(state, lessons[0][0])) if evaluate else None
+    return Trained(tuple(steps), kept, weights, evaluation, logs, exported)
 
 
 def fresh(trainer: Trainer) -> dict[str, npt.NDArray[Any]]:
@@ -138,9 +140,8 @@ def train_by_hand(twin: Twin, case: Case, training: TrainingConfig, lessons: Seq
     kept |= {f"optimizer/ema/{path}": leaf for path, leaf in ema.items()}
     kept["optimizer/step"] = np.array(float(len(lessons)))
     final = ema if lora is None else merged(whole, ema, lora)
-    return Trained(
-        tuple(steps), kept, final, _evaluated(twin, dataclasses.replace(case, tensors=dict(final)), lessons[0][0])
-    )
+    evaluated = _evaluated(twin, dataclasses.replace(case, tensors=dict(final)), lessons[0][0])
+    return Trained(tuple(steps), kept, final, *evaluated)
 
 
 def first_adapters(weights: Leaves, lora: LoraConfig, seed: int) -> Leaves:
@@ -219,7 +220,12 @@ def cross_entropy(logits: FloatArray, batch: Batch, smoothing: float, z_loss: fl
     return float(losses[..., 0][real].sum()), np.where(real[..., None], slope, 0.0)
 
 
-def _evaluated(twin: Twin, case: Case, batch: Batch) -> Evaluation:
+def _evaluated(twin: Twin, case: Case, batch: Batch) -> tuple[Evaluation, FloatArray]:
+    """Sums over the targets that count, and ln p of each."""
     logits = _possible(twin.run(dataclasses.replace(case, inputs=batch.inputs), detail="blocks").output, batch)
     total, _ = cross_entropy(logits, batch, 0.0, 0.0)
-    return Evaluation(total, batch.count, int((logits.argmax(-1) == batch.targets)[batch.real].sum()))
+    correct = int((logits.argmax(-1) == batch.targets)[batch.real].sum())
+    peak = logits.max(-1, keepdims=True)
+    logs = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(logs, np.where(batch.real, batch.targets, 0)[..., None], -1)[..., 0]
+    return Evaluation(total, batch.count, correct), np.where(batch.real, chosen, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from twinformer.data.batch import Dataset
 from twinformer.errors import ConfigError
 from twinformer.learning import Evaluation
 from twinformer.runs import backends, session
+from twinformer.runs.adaptation import Adaptation
 from twinformer.runs.data import KINDS, parse
 from twinformer.runs.intervals import wilson
 from twinformer.runs.measures import Report
@@ -26,11 +28,14 @@ def evaluate(
     batch_size: int = 32,
     train_file: Path | None = None,
     limit: int | None = None,
+    adaptation: Adaptation | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Measure a model. ``data`` None: that of its run, the part that it did not learn from.
 
     ``train_file``: what n-gram baselines learn from, where the model is of no run that says. ``limit``: so many
-    sequences, pieces or batches at most. Raises ConfigError where the data does not fit the model.
+    sequences, pieces or batches at most. ``adaptation``: pieces are also measured while the model learns from them;
+    ``tell`` hears how far that is. Raises ConfigError where the data does not fit the model.
     """
     spec = data or (subject.options.data if subject.options is not None else None)
     if spec is None:
@@ -41,6 +46,8 @@ def evaluate(
         raise ConfigError(
             "data", [f"{spec}: expected a model that is one of {wanted}, got {subject.config.architecture!r}"]
         )
+    if adaptation is not None and kind != "guitar":
+        raise ConfigError("adapt", [f"expected pieces (guitar:FILE), got data {spec}"])
     backends.prepare((backend,), subject.config.param_dtype)
     report = Report(f"{subject.directory} on {spec}", {"data": spec, "backend": backend, "step": subject.step})
     if kind == "guitar-tab":
@@ -50,7 +57,8 @@ def evaluate(
     elif kind == "guitar":
         from twinformer.runs.evaluate_guitar import pieces
 
-        pieces(report, subject, backend, batch_size, None if data is None else file, train_file, limit)
+        place = None if data is None else file
+        pieces(report, subject, backend, batch_size, place, train_file, limit, adaptation, tell)
     else:
         with tempfile.TemporaryDirectory(prefix="twinformer-") as scratch:
             dataset = _texts(kind, subject, None if data is None else file, Path(scratch), batch_size)

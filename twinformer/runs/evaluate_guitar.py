@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,8 @@ from twinformer.data.guitar.pieces import GuitarPieces, load_pieces
 from twinformer.data.guitar.tokens import count_notes
 from twinformer.errors import ConfigError
 from twinformer.runs import backends, session
+from twinformer.runs.adaptation import Adaptation
+from twinformer.runs.adaptation import total as adaptation_total
 from twinformer.runs.guitar import predict
 from twinformer.runs.intervals import clustered, wilson
 from twinformer.runs.measures import Report
@@ -69,8 +72,13 @@ def pieces(
     file: Path | None,
     train_file: Path | None,
     limit: int | None,
+    adaptation: Adaptation | None,
+    tell: Callable[[str], None],
 ) -> None:
-    """Nats per token and per note, every token predicted once, beside n-grams of the training pieces."""
+    """Nats per token and per note, every token predicted once, beside n-grams of the training pieces.
+
+    With ``adaptation`` also of the model, and of the best n-gram, that learn from each piece as it is predicted.
+    """
 
     own = None if subject.run is None else subject.run / session.DATA
     file = file or cast(Path, own) / "valid.txt"
@@ -89,11 +97,27 @@ def pieces(
 
     add("model", found.total, found.count)
     report.add("model", "accuracy per token", found.accuracy, share=True)
+    ids = [data.vocabulary.encode(one) for one in pieces]
+    if adaptation is not None:
+        found_adapting = adaptation_total(
+            backends.make_trainer(backend, subject.config, adaptation.training()),
+            subject.weights,
+            ids,
+            adaptation,
+            context_length=subject.config.context_length,
+            pad_id=data.pad_id,
+            tell=lambda done, of: tell(f"adapting: {done} of {of} pieces are done"),
+        )
+        add("model, adapting", *found_adapting)
+        report.facts["adapting"] = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(adaptation).items())
     learnt = train_file or (own / "train.txt" if own is not None else None)
     if learnt is None:
         report.facts["baselines"] = "none: no training pieces are known"
         return
-    ids = [data.vocabulary.encode(one) for one in pieces]
     examples = augmented([data.vocabulary.encode(one) for one in load_pieces(learnt)])
     for n in (1, 3, 5):
         add(f"{n}-gram" if n > 1 else "unigram", *NGram(examples, data.vocab_size, n).total(ids))
+    best = NGram(examples, data.vocab_size, 7, "kneser-ney")
+    add("7-gram, Kneser-Ney", *best.total(ids))
+    if adaptation is not None:
+        add("7-gram, adapting", *best.total(ids, adapting=True))

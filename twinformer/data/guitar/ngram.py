@@ -89,9 +89,34 @@ class NGram:
             found = np.where(seen, mixed, found)
         return found
 
-    def total(self, pieces: Sequence[Ids]) -> tuple[float, int]:
+    def adapting(self, ids: Ids, orders: tuple[int, int] = (4, 8)) -> Floats:
+        """``[T - 1]``: as ``probabilities``, then interpolated with what the piece itself has said before.
+
+        Of each order k from the first to the last of ``orders``, by Witten and Bell, with counts of the piece so far:
+        ``(c(h, w) + u(h) P(w)) / (c(h) + u(h))``, P of the order below, at first that of the n-gram model.
+        """
+        first, last = orders
+        if not 1 <= first <= last:
+            raise InputError("NGram.adapting", [f"orders: expected 1 <= first <= last, got {orders}"])
+        counts: dict[tuple[int, ...], dict[int, int]] = {}
+        text = tuple(int(token) for token in ids)
+        found = self.probabilities(ids)
+        for place in range(1, len(text)):
+            token, p = text[place], found[place - 1]
+            contexts = [text[place - k + 1 : place] for k in range(first, min(last, place + 1) + 1)]
+            for h in contexts:
+                seen = counts.get(h)
+                if seen:
+                    p = (seen.get(token, 0) + len(seen) * p) / (sum(seen.values()) + len(seen))
+            found[place - 1] = p
+            for h in contexts:
+                own = counts.setdefault(h, {})
+                own[token] = own.get(token, 0) + 1
+        return found
+
+    def total(self, pieces: Sequence[Ids], *, adapting: bool = False) -> tuple[float, int]:
         """Nats over all predicted tokens of the pieces, and their number."""
-        logs = [np.log(self.probabilities(ids)) for ids in pieces]
+        logs = [np.log(self.adapting(ids) if adapting else self.probabilities(ids)) for ids in pieces]
         return -float(sum(log.sum() for log in logs)), sum(map(len, logs))
 
 

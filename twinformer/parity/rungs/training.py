@@ -170,6 +170,8 @@ def compared(label: str, one: Trained, other: Trained) -> list[Comparison]:
     for name in ("total", "count", "correct"):
         a, b = (np.array([float(getattr(run.evaluation, name))]) for run in (one, other))
         found.append(compare(f"evaluation: {name} ({at})", a, b, bound=BOUND if name == "total" else 0.0))
+    if one.logs is not None and other.logs is not None:
+        found.append(compare(f"evaluation: log-probabilities ({at})", one.logs, other.logs, bound=BOUND))
     return found
 
 
