@@ -295,6 +295,12 @@ def build(config: ModelConfig, *, seed: int | None = 0) -> Model:
     return classes[config.architecture](config, seed=seed)
 
 
+def skeleton(config: ModelConfig) -> Model:
+    """The model that a configuration names without any weight: parameters are shapes and dtypes, to be set."""
+    model: Model = nnx.eval_shape(lambda: build(config, seed=None))
+    return model
+
+
 def compiled(model: Model) -> Callable[..., Array]:
     """The model as one compiled program: same arguments, same result, and concrete inputs are checked first.
 

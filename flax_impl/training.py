@@ -27,7 +27,7 @@ from flax_impl.dropout import Key, fold, random_key
 from flax_impl.linear import Outline, extremes, first_gradients, wide_dtype
 from flax_impl.lora import init_adapters, merge
 from flax_impl.losses import cross_entropy, mean_loss
-from flax_impl.models import build
+from flax_impl.models import skeleton
 from flax_impl.optimizers import Optimizer, global_norm
 from flax_impl.weights import _leaves, load_weights
 from twinformer.checks import FLOATS, INTEGERS, check_cross_entropy, check_tensors, dtype_name
@@ -73,7 +73,6 @@ class Trainer:
         self._add = jax.jit(self._run_add, donate_argnums=0)
         self._finish = jax.jit(self._run_finish, donate_argnums=0)
         self._judge = jax.jit(self._run_evaluation)
-        self._score = jax.jit(self._run_log_probabilities)
 
     def init(self, tensors: Mapping[str, Any] | None = None) -> State:
         """The state before the first step, from weights by path in PyTorch's orientation, or freshly drawn ones.
@@ -81,7 +80,7 @@ class Trainer:
         Raises one WeightsError for all weights that are missing, unexpected, mis-shaped or no floats.
         """
         training = self.training
-        model = build(self.config, seed=None)
+        model = skeleton(self.config)
         load_weights(model, initial_weights(self.config, training.seed) if tensors is None else tensors)
         weights = {path: leaf.param[...] for path, leaf in _leaves(model)}
         if training.lora is None:
@@ -115,7 +114,7 @@ class Trainer:
         """Without dropout, smoothing and z-loss; with the averaged weights where there are any. Raises InputError."""
         self._check_batches("Trainer.evaluate", [batch], 1, 0.0)
         self._check_state("Trainer.evaluate", state)
-        total, count, correct = self._judge(self._changing(state), self._frozen(state), _arrays(batch))
+        total, count, correct, _ = self._judge(self._changing(state), self._frozen(state), _arrays(batch))
         return Evaluation(total=float(total), count=int(count), correct=int(correct))
 
     def log_probabilities(self, state: State, batch: Batch) -> npt.NDArray[Any]:
@@ -125,7 +124,8 @@ class Trainer:
         """
         self._check_batches("Trainer.log_probabilities", [batch], 1, 0.0)
         self._check_state("Trainer.log_probabilities", state)
-        return np.asarray(self._score(self._changing(state), self._frozen(state), _arrays(batch)))
+        *_, found = self._judge(self._changing(state), self._frozen(state), _arrays(batch))
+        return np.asarray(found)
 
     def export_state(self, state: State) -> dict[str, npt.NDArray[Any]]:
         """All of the state by name (``optimizer/exp_avg/<path>``), a copy in PyTorch's orientation, dtypes kept."""
@@ -188,16 +188,12 @@ class Trainer:
         logits = self._logits(self._weights(self._unflatten(changing, frozen), averaged=True), arrays, None)
         total, count = cross_entropy(logits, targets, real=real)
         hit = (jnp.argmax(logits, axis=-1) == targets) & ~jnp.any(jnp.isnan(logits), axis=-1)
-        return total, count, jnp.sum(hit & real, dtype=jnp.int32)
-
-    def _run_log_probabilities(self, changing: Flat, frozen: Flat, arrays: Arrays) -> Float[Array, "B T"]:
-        _, targets, real, _ = arrays
-        logits = self._logits(self._weights(self._unflatten(changing, frozen), averaged=True), arrays, None)
+        # each target's own, beside their sum, which is what training adds up
         X = logits.astype(wide_dtype(logits.dtype))
         above = X - jnp.max(X, axis=-1, keepdims=True)  # first: where p is near 1 its logarithm is a small difference
         is_target = jnp.arange(X.shape[-1]) == jnp.asarray(targets)[..., None]
         found = jnp.sum(jnp.where(is_target, above, 0), axis=-1) - jnp.log(jnp.sum(jnp.exp(above), axis=-1))
-        return jnp.where(jnp.asarray(real), found, 0)
+        return total, count, jnp.sum(hit & real, dtype=jnp.int32), jnp.where(jnp.asarray(real), found, 0)
 
     def _sums(self, changing: Flat, frozen: Flat, s: Array, place: Array | int, arrays: Arrays) -> Sums:
         """Loss and targets of one micro-batch, summed, and the gradient of the loss, wide."""
@@ -242,7 +238,7 @@ class Trainer:
 
     def _split(self) -> None:
         """The model's structure. Numbers in place of its weights tell in which order the structure wants them."""
-        model = build(self.config, seed=None)
+        model = skeleton(self.config)
         leaves = dict(_leaves(model))
         self._shapes = {path: (leaf.shape, leaf.param.dtype) for path, leaf in leaves.items()}
         self._matrices = frozenset(path for path, leaf in leaves.items() if leaf.kind == "linear")

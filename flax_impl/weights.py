@@ -62,9 +62,11 @@ def load_weights(model: nnx.Module, tensors: Mapping[str, Any], *, finite: bool 
         non_finite=(lambda tensor: int((~np.isfinite(np.asarray(tensor))).sum())) if finite else None,
     )
     for path, leaf in leaves.items():
-        # a copy: the caller's memory must not become the model's
-        array = jnp.array(np.array(tensors[path]), leaf.param.dtype)
-        leaf.param.set_value(array.T if leaf.kind == "linear" else array)
+        array = np.asarray(tensors[path])
+        # turned before JAX has it, which would compile that for every shape; a copy: the caller's memory must not
+        # become the model's
+        array = np.array(array.T if leaf.kind == "linear" else array, order="C")
+        leaf.param.set_value(jnp.array(array, leaf.param.dtype))
 
 
 def export_weights(model: nnx.Module) -> dict[str, npt.NDArray[Any]]:
@@ -88,11 +90,11 @@ def load(
 
     Raises CheckpointError, ConfigError or WeightsError.
     """
-    from flax_impl.models import build
+    from flax_impl.models import skeleton
     from twinformer.checkpoint import read_model
 
     config, tensors = read_model(directory)
-    model = build(config if dtype is None else config.with_dtype(dtype), seed=None)
+    model = skeleton(config if dtype is None else config.with_dtype(dtype))
     load_weights(model, tensors, finite=finite)
     return model
 
@@ -107,14 +109,14 @@ def from_pretrained(
     ``twinformer convert`` writes them anew. Raises CheckpointError, ConfigError or WeightsError, each with all its
     problems.
     """
-    from flax_impl.models import build
+    from flax_impl.models import skeleton
     from twinformer import pretrained
 
     if not pretrained.is_published(directory):
         return load(directory, dtype=dtype, finite=True)
     with pretrained.open(directory) as opened:
         config = opened.config if dtype is None else opened.config.with_dtype(dtype)
-        model = nnx.eval_shape(lambda: build(config, seed=None))  # the structure, without any weight
+        model = skeleton(config)
         leaves = dict(_leaves(model))
         for path, array in opened.leaves():
             leaf = leaves.pop(path)

@@ -163,9 +163,15 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("name", ["x-transformers", "x-transformers tuned", "keras-hub torch", "keras-hub jax"])
-def test_peers_that_make_bench_installs(name):
-    """In every case of theirs: the truth with our weights, something else with a weight in a wrong place."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("transformers eager", "transformers sdpa", "transformers tuned"),
+        *("x-transformers", "x-transformers tuned", "keras-hub torch", "keras-hub jax"),
+    ],
+)
+def test_peers_in_every_case_of_theirs(name):
+    """The truth with our weights, something else with a weight in a wrong place."""
     system = by_name(name)
     if system.absent():
         pytest.skip(f"absent: {', '.join(system.absent())}; `make bench` installs what is missing")

@@ -47,7 +47,8 @@ def _generate(model: Any, case: Case, inputs: dict[str, Tensor], variant: str) -
         options["cache_implementation"] = "static"
     if case.kind == "beam":
         options |= {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False}
-        options |= {"decoder_input_ids": inputs["target"]}
+        # what does not begin with the start token gets one put before it
+        options |= {"decoder_input_ids": inputs["target"], "decoder_start_token_id": inputs["target"][:, 0].tolist()}
     given = inputs["source"] if case.kind == "beam" else inputs["tokens"]
     with torch.inference_mode():
         written = model.generate(given, attention_mask=torch.ones_like(given), **options)

@@ -367,7 +367,7 @@ class FlaxTwin:
 
     def _model(self, case: Case, *, as_configured: bool = False) -> nnx.Module:
         """Without remat and loops, under which nobody can watch; ``as_configured``: with what the case says."""
-        model = flax_impl.build(_config(case, as_configured), seed=None)
+        model = flax_impl.models.skeleton(_config(case, as_configured))
         flax_impl.load_weights(model, case.tensors, finite=case.finite)
         return model
 
@@ -532,7 +532,7 @@ class FlaxTwin:
     @contextlib.contextmanager
     def chooser(self, case: Case) -> Iterator[Chooser]:
         with _x64(case):
-            yield FlaxChooser()
+            yield FlaxChooser(little_care(case.tensors) if case.config.compute_dtype == "float64" else {})
 
     @contextlib.contextmanager
     def writers(self, case: Case) -> Iterator[Callable[[Case], Writer]]:

@@ -78,10 +78,14 @@ class TorchChooser:
 
 
 class FlaxChooser:
-    """Compiled, as all of it is where it is used."""
+    """Compiled, as all of it is where it is used. ``options`` are those of the compiler."""
 
-    def __init__(self) -> None:
-        self._greedy, self._draw = jax.jit(flax_impl.sampling.greedy), jax.jit(flax_impl.sampling.draw)
+    def __init__(self, options: dict[str, bool | int]) -> None:
+        self._options = options
+        self._greedy, self._draw = (
+            jax.jit(function, compiler_options=options)
+            for function in (flax_impl.sampling.greedy, flax_impl.sampling.draw)
+        )
 
     def processed(self, configs: Sequence[SamplingConfig], logits: Array, seen: Array) -> list[Array]:
         def every(logits: Any, seen: Any) -> list[Any]:
@@ -93,7 +97,7 @@ class FlaxChooser:
                 found.append(x)
             return found
 
-        return [np.asarray(x) for x in jax.jit(every)(logits, seen)]
+        return [np.asarray(x) for x in jax.jit(every, compiler_options=self._options)(logits, seen)]
 
     def greedy(self, logits: Array) -> Ids:
         return np.asarray(self._greedy(logits)).astype(np.int64)
