@@ -66,7 +66,9 @@ def load_weights(model: nnx.Module, tensors: Mapping[str, Any], *, finite: bool 
         # turned before JAX has it, which would compile that for every shape; a copy: the caller's memory must not
         # become the model's
         array = np.array(array.T if leaf.kind == "linear" else array, order="C")
-        leaf.param.set_value(jnp.array(array, leaf.param.dtype))
+        if np.can_cast(array.dtype, leaf.param.dtype):  # without rounding
+            array = array.astype(leaf.param.dtype)
+        leaf.param.set_value(jnp.asarray(array, leaf.param.dtype))
 
 
 def export_weights(model: nnx.Module) -> dict[str, npt.NDArray[Any]]:

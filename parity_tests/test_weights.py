@@ -1,10 +1,12 @@
 """Weights in and out of both twins: total, in PyTorch's orientation by values, bit for bit from one to the other."""
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 
+import flax_impl
 from parity_tests.helpers import (
     FLAX,
     FLOAT64,
@@ -366,3 +368,39 @@ def test_one_model_directory_one_answer(tmp_path):
         loaded = twin.file("weights").load(tmp_path / "model")
         outs.append(loaded(**{name: twin.array(value) for name, value in inputs.items()}))
     assert_close(outs[1], outs[0])
+
+
+@every_config
+def test_a_skeleton_is_the_model_without_weights(config):
+    """In Flax: the same structure, shapes and dtypes, no array; filled, it says what the model says."""
+    bare, whole = flax_impl.models.skeleton(config), flax_impl.build(config, seed=3)
+    shapes = nnx.to_flat_state(nnx.state(bare))
+    assert all(isinstance(leaf.get_value(), jax.ShapeDtypeStruct) for _, leaf in shapes)
+    wanted = {path: (leaf.shape, leaf.dtype) for path, leaf in nnx.to_flat_state(nnx.state(whole))}
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in shapes} == wanted
+    flax_impl.load_weights(bare, initial_weights(config, 3))
+    assert nnx.graphdef(bare) == nnx.graphdef(whole)
+    ours, theirs = (FLAX.file("weights").export_weights(model) for model in (bare, whole))
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[path])
+
+
+def test_a_skeleton_is_filled_without_compiling():
+    """XLA would compile one program for each shape, to make what is thrown away, and to turn what is read."""
+    seen = []
+    # sizes that no other test has, whose programs would be there already
+    config = config_of(model_dim=28, key_dim=6, hidden_dim=46, vocab_size=74)
+    tensors = initial_weights(config, 0)
+
+    def listen(event, seconds, **_):
+        seen.extend([event] if event.endswith("backend_compile_duration") else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        flax_impl.load_weights(flax_impl.models.skeleton(config), tensors)
+        assert seen == []
+        flax_impl.build(config, seed=None)
+        assert seen  # so that the listener hears
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

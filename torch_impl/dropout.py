@@ -4,8 +4,10 @@ Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as
 function of a counter and a key: no generator, no state, the same words on every machine and in both twins.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,9 +83,29 @@ def random_words(key: Key, shape: Sequence[int]) -> Int64[Tensor, "..."]:
     return words
 
 
-# Operators of their own: the compiler takes a call as it is. Left to itself it unrolls the rounds at every place
-# (minutes of compilation), and takes the first product for an index, computed in 32 bits (wrong words).
-@torch.library.custom_op("twinformer::fold_each", mutates_args=())
+def _operator(name: str, outline: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """While compiled an operator of its own, ``twinformer::<name>``, otherwise the function.
+
+    ``outline`` gives an empty tensor as the function's. The compiler takes a call as it is: left to itself it unrolls
+    the rounds at every place (minutes of compilation), and takes the first product for an index, computed in 32 bits
+    (wrong words). Not compiled, an operator would load the compiler at its first call: two seconds for nothing.
+    """
+
+    def wrap(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        operator = torch.library.custom_op(f"twinformer::{name}", function, mutates_args=())
+        operator.register_fake(outline)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Tensor:
+            found: Tensor = operator(*args) if torch.compiler.is_compiling() else function(*args)
+            return found
+
+        return call
+
+    return wrap
+
+
+@_operator("fold_each", lambda key, numbers: key.new_empty(len(numbers), 2))
 def _fold_each(key: Tensor, numbers: list[int]) -> Tensor:
     if key.device.type == "cpu":  # plain numbers are a hundred times faster than tensors of one element
         words = [philox((number, 0, 0, 1), key.tolist())[:2] for number in numbers]
@@ -92,12 +114,7 @@ def _fold_each(key: Tensor, numbers: list[int]) -> Tensor:
     return torch.stack(_tensors(philox((counter, 0, 0, 1), key.unbind())[:2]), -1)
 
 
-@_fold_each.register_fake
-def _(key: Tensor, numbers: list[int]) -> Tensor:
-    return key.new_empty(len(numbers), 2)
-
-
-@torch.library.custom_op("twinformer::random_words", mutates_args=())
+@_operator("random_words", lambda key, shape, device: torch.empty(shape, dtype=torch.int64, device=device))
 def _random_words(key: Tensor, shape: list[int], device: torch.device) -> Tensor:
     count = math.prod(shape)
     blocks = (count + 3) // 4
@@ -111,12 +128,7 @@ def _random_words(key: Tensor, shape: list[int], device: torch.device) -> Tensor
     return whole.flatten()[:count].reshape(shape)
 
 
-@_random_words.register_fake
-def _(key: Tensor, shape: list[int], device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, device=device)
-
-
-@torch.library.custom_op("twinformer::dropped", mutates_args=())
+@_operator("dropped", lambda key, shape, bound, device: torch.empty(shape, dtype=torch.bool, device=device))
 def _dropped(key: Tensor, shape: list[int], bound: int, device: torch.device) -> Tensor:
     """Which elements have a word below ``bound``."""
     if device.type != "cpu":
@@ -127,11 +139,6 @@ def _dropped(key: Tensor, shape: list[int], bound: int, device: torch.device) ->
     for start, words in _pieces(blocks, key.tolist()):
         np.less(words.T, np.uint32(bound), out=lanes[start : start + words.shape[1]])
     return torch.from_numpy(lanes.ravel()[:count].reshape(shape))
-
-
-@_dropped.register_fake
-def _(key: Tensor, shape: list[int], bound: int, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=torch.bool, device=device)
 
 
 def _pieces(blocks: int, key: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
@@ -169,18 +176,13 @@ def philox_rows(keys: Int64[Tensor, "#R 2"], numbers: Int64[Tensor, " R"], place
     return words
 
 
-@torch.library.custom_op("twinformer::philox_rows", mutates_args=())
+@_operator("philox_rows", lambda keys, numbers, place: keys.new_empty(len(numbers), 2))
 def _philox_rows(keys: Tensor, numbers: Tensor, place: int) -> Tensor:
     if keys.device.type == "cpu" and len(numbers) <= FEW:
         rows = zip(keys.expand(len(numbers), 2).tolist(), numbers.tolist(), strict=True)
         words = [philox((number, 0, 0, place), key)[:2] for key, number in rows]
         return torch.tensor(words, dtype=torch.int64).reshape(-1, 2)
     return torch.stack(_tensors(philox((numbers, 0, 0, place), keys.unbind(-1))[:2]), -1)
-
-
-@_philox_rows.register_fake
-def _(keys: Tensor, numbers: Tensor, place: int) -> Tensor:
-    return keys.new_empty(len(numbers), 2)
 
 
 def _tensors(words: tuple[int | Tensor, ...]) -> list[Tensor]:
