@@ -87,12 +87,12 @@ class Training:
 
     def __init__(self, case: Case, weights: Arrays) -> None:
         self._trainer = flax_impl.Trainer(case.config, training_config())
-        self._weights, self._case, self._batch = weights, case, batch_of(case)
+        self._case, self._batch = case, batch_of(case)
         self._state = self._trainer.init(weights)
 
     def outputs(self) -> Arrays:
         model = flax_impl.build(self._case.config, seed=None)
-        flax_impl.load_weights(model, self._weights)
+        flax_impl.load_weights(model, self._trainer.weights(self._state))
         inputs = {name: jnp.asarray(array) for name, array in self._case.inputs().items()}
         logits = np.asarray(flax_impl.compiled(model)(**inputs), np.float64)
         self._state, before = self._trainer.step(self._state, [self._batch])
