@@ -1,13 +1,14 @@
-"""Memory of a training step alone: ``python -m benchmarks.step_memory [--case decoder-train] [--out FILE]``.
+"""Memory of a training step alone: ``python -m benchmarks.step_memory [--case NAME] [--out FILE]``.
 
 What ``bench run`` notes as a worker's peak holds what the gate asked for too: logits, and a second set of weights. Here
 each system is a process that does nothing but five steps. Beside its peak stands, for JAX, what XLA says that the
-compiled step needs (arguments and temporary buffers).
+compiled step needs (arguments and temporary buffers). The twins are also measured with rematerialisation.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,15 +21,26 @@ from benchmarks import cases
 from benchmarks.protocol import weights_of
 from benchmarks.systems import by_name
 
-SYSTEMS = ("torch_impl", "torch.nn", "flax_impl", "linen")
-STEPS = 5
+SYSTEMS = (
+    *("torch_impl", "torch_impl remat", "torch.nn"),
+    *("flax_impl", "flax_impl remat", "flax_impl scan", "flax_impl scan remat", "linen"),
+)
+STEPS = 3
 
 
-def measured(system: str, name: str) -> dict[str, Any]:
+def measured(system: str, name: str, batch: int | None, length: int | None) -> dict[str, Any]:
     """In this process: the peak after the steps, and XLA's own figures."""
     case = next(case for case in (*cases.FULL, *cases.QUICK) if case.name == name)
+    case = dataclasses.replace(case, B=batch or case.B, T=length or case.T)
+    found: dict[str, Any] = {"system": system, "case": name, "batch": case.B, "length": case.T}
+    system, *choices = system.split()
+    config = case.config.replace(
+        remat="remat" in choices,
+        scan_layers="scan" in choices,
+        context_length=max(case.T, case.config.context_length),
+    )
+    case = dataclasses.replace(case, config=config)
     running = by_name(system).make(case, weights_of(case))
-    found: dict[str, Any] = {"system": system, "case": name}
     program = _program(system, running)
     if program is not None:
         analysis = program.memory_analysis()
@@ -58,14 +70,19 @@ def _program(system: str, running: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", default="decoder-train")
+    parser.add_argument("--batch", type=int, help="rows, if not the case's")
+    parser.add_argument("--length", type=int, help="tokens of a row, if not the case's")
     parser.add_argument("--system", choices=SYSTEMS, help="measure this one, in this process")
     parser.add_argument("--out", type=Path, metavar="FILE", help="add a line of JSON for each system")
     options = parser.parse_args()
     if options.system:
-        sys.stdout.write(json.dumps(measured(options.system, options.case)) + "\n")
+        sys.stdout.write(json.dumps(measured(options.system, options.case, options.batch, options.length)) + "\n")
         return
     for system in SYSTEMS:
         command = [sys.executable, "-m", "benchmarks.step_memory", "--case", options.case, "--system", system]
+        for name in ("batch", "length"):
+            if (value := getattr(options, name)) is not None:
+                command += [f"--{name}", str(value)]
         line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
