@@ -6,7 +6,9 @@ products and indexing) as a GPU does.
 
 import pytest
 import torch
+import transformers
 
+import torch_impl
 from parity_tests.helpers import shape_hook_off
 from torch_impl import AttentionLayer, PositionalEncoding, TransformerStack, random_key
 
@@ -44,3 +46,15 @@ def test_dropout_is_made_on_the_device_of_its_input():
     stack = TransformerStack(10, 24, 4, 8, 4, 2, dropout=0.1, attention_dropout=0.1, hidden_dropout=0.1).to(ELSEWHERE)
     with shape_hook_off():
         assert stack(X, rng=random_key(0)).device == ELSEWHERE
+
+
+def test_a_published_model_is_read_onto_the_device(tmp_path):
+    """Weights and what is no weight (the frequencies of rotary positions) go there, and the model runs there."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=16)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = torch_impl.from_pretrained(tmp_path, device=ELSEWHERE)
+    assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {ELSEWHERE}
+    assert model(torch.zeros(2, 5, dtype=torch.int64, device=ELSEWHERE)).device == ELSEWHERE
+    here = torch_impl.from_pretrained(tmp_path)
+    assert {tensor.device for tensor in (*here.parameters(), *here.buffers())} == {torch.device("cpu")}

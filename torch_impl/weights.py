@@ -149,7 +149,8 @@ def from_pretrained(
     for owner in model.modules():
         if owner._buffers:  # frequencies of positions, which are no weights: made anew where the model now is
             owner.to_empty(device=device or "cpu", recurse=False)
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    kind = torch.device(device or "cpu").type
+    assert all(tensor.device.type == kind for tensor in (*model.parameters(), *model.buffers()))
     return model
 
 

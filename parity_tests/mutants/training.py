@@ -257,27 +257,20 @@ def average_left_as_it_was(patch: Patch) -> None:
 @mutant("T87", case=_CASE, culprits="evaluation: *", rungs=_RUNGS)
 def evaluated_without_the_average(patch: Patch) -> None:
     """The last weights are evaluated, those of the average are saved."""
-
-    def wrong(call: Any) -> Any:
-        def evaluate(self: Any, state: Any, batch: Any) -> Any:
-            return call(self, {**state, "optimizer": {**state["optimizer"], "ema": state["parameters"]}}, batch)
-
-        return evaluate
-
-    patch.method("training", "Trainer", wrong, name="evaluate")
+    patch.method("training", "Trainer", _of_the_last_weights, name="evaluate")
 
 
 @mutant("T205", case=_CASE, culprits="evaluation: log-probabilities", rungs=_RUNGS)
 def log_probabilities_without_the_average(patch: Patch) -> None:
     """As T87, where they are asked for one by one."""
+    patch.method("training", "Trainer", _of_the_last_weights, name="log_probabilities")
 
-    def wrong(call: Any) -> Any:
-        def log_probabilities(self: Any, state: Any, batch: Any) -> Any:
-            return call(self, {**state, "optimizer": {**state["optimizer"], "ema": state["parameters"]}}, batch)
 
-        return log_probabilities
+def _of_the_last_weights(call: Any) -> Any:
+    def asked(self: Any, state: Any, batch: Any) -> Any:
+        return call(self, {**state, "optimizer": {**state["optimizer"], "ema": state["parameters"]}}, batch)
 
-    patch.method("training", "Trainer", wrong, name="log_probabilities")
+    return asked
 
 
 @mutant("T206", case=_CASE, culprits="evaluation: log-probabilities", rungs=_RUNGS)
