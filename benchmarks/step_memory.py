@@ -1,7 +1,7 @@
 """Memory of a training step alone: ``python -m benchmarks.step_memory [--case NAME] [--out FILE]``.
 
 What ``bench run`` notes as a worker's peak holds what the gate asked for too: logits, and a second set of weights. Here
-each system is a process that does nothing but five steps. Beside its peak stands, for JAX, what XLA says that the
+each system is a process that does nothing but a few steps. Beside its peak stands, for JAX, what XLA says that the
 compiled step needs (arguments and temporary buffers). The twins are also measured with rematerialisation.
 """
 
@@ -25,12 +25,13 @@ SYSTEMS = (
     *("torch_impl", "torch_impl remat", "torch.nn"),
     *("flax_impl", "flax_impl remat", "flax_impl scan", "flax_impl scan remat", "linen"),
 )
+TRAINING = tuple(case.name for case in cases.FULL if case.kind == "train")
 STEPS = 3
 
 
 def measured(system: str, name: str, batch: int | None, length: int | None) -> dict[str, Any]:
     """In this process: the peak after the steps, and XLA's own figures."""
-    case = next(case for case in (*cases.FULL, *cases.QUICK) if case.name == name)
+    case = next(case for case in cases.FULL if case.name == name)
     case = dataclasses.replace(case, B=batch or case.B, T=length or case.T)
     found: dict[str, Any] = {"system": system, "case": name, "batch": case.B, "length": case.T}
     system, *choices = system.split()
@@ -69,7 +70,7 @@ def _program(system: str, running: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", default="decoder-train")
+    parser.add_argument("--case", choices=TRAINING, default="decoder-train")
     parser.add_argument("--batch", type=int, help="rows, if not the case's")
     parser.add_argument("--length", type=int, help="tokens of a row, if not the case's")
     parser.add_argument("--system", choices=SYSTEMS, help="measure this one, in this process")

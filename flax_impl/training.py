@@ -189,11 +189,9 @@ class Trainer:
         total, count = cross_entropy(logits, targets, real=real)
         hit = (jnp.argmax(logits, axis=-1) == targets) & ~jnp.any(jnp.isnan(logits), axis=-1)
         # each target's own, beside their sum, which is what training adds up
-        X = logits.astype(wide_dtype(logits.dtype))
-        above = X - jnp.max(X, axis=-1, keepdims=True)  # first: where p is near 1 its logarithm is a small difference
-        is_target = jnp.arange(X.shape[-1]) == jnp.asarray(targets)[..., None]
-        found = jnp.sum(jnp.where(is_target, above, 0), axis=-1) - jnp.log(jnp.sum(jnp.exp(above), axis=-1))
-        return total, count, jnp.sum(hit & real, dtype=jnp.int32), jnp.where(jnp.asarray(real), found, 0)
+        logs = jax.nn.log_softmax(logits.astype(wide_dtype(logits.dtype)))
+        own = jnp.take_along_axis(logs, jnp.where(real, targets, 0)[..., None], axis=-1)[..., 0]
+        return total, count, jnp.sum(hit & real, dtype=jnp.int32), jnp.where(real, own, 0)
 
     def _sums(self, changing: Flat, frozen: Flat, s: Array, place: Array | int, arrays: Arrays) -> Sums:
         """Loss and targets of one micro-batch, summed, and the gradient of the loss, wide."""

@@ -11,7 +11,7 @@ from twinformer.config import ModelConfig
 from twinformer.data.guitar.tokens import PITCHES, note_vocabulary, transpose
 from twinformer.errors import ConfigError, InputError
 from twinformer.initializers import initial_weights
-from twinformer.runs.adaptation import Adaptation, log_probabilities, total
+from twinformer.runs.adaptation import Adaptation, adapted_total, log_probabilities
 
 WORDS = note_vocabulary()
 PAD = WORDS.id("<pad>")
@@ -133,7 +133,7 @@ def test_every_piece_begins_with_the_weights_as_they_were(twin):
     trainer = trainer_of(twin)
     heard = []
     pieces = [TUNE, piece(50, 57, 50), TUNE]
-    nats, count = total(
+    nats, count = adapted_total(
         trainer, WEIGHTS, pieces, ADAPTATION, context_length=CONTEXT, pad_id=PAD, tell=lambda *seen: heard.append(seen)
     )
     apart = [said(twin, ids) for ids in pieces]

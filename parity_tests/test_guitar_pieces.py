@@ -360,15 +360,16 @@ def test_kneser_ney_by_hand():
 
 
 def test_an_adapting_n_gram_by_hand():
-    """The unigrams of ``test_witten_bell_by_hand``, and pairs and triples of the piece 0 1 2 1 2 2 before each place.
+    """The unigrams of ``test_witten_bell_by_hand``, and pairs and triples of the piece 0 1 2 1 2 2 2 before each place.
 
     Third place: nothing has followed 1 but 2. There 1 was followed by 2 once, u = 1, so (1 + P(2)) / 2; the triple 2 1
-    is new. The last: after 2 came 1 once: (0 + P(2)) / 2; after 1 2 came 1 once: the same again of that.
+    is new. The last but one: after 2 came 1 once: (0 + P(2)) / 2; after 1 2 came 1 once: the same again of that. The
+    last: after 2 came 1 and 2, once each, u = 2: (1 + 2 P(2)) / 4; after 2 2 came nothing.
     """
     model = NGram([ids(0, 1, 2, 1, 2), ids(0, 1, 1)], 3, 1)
     p1, p2 = Fraction(14, 24), Fraction(8, 24)
-    wanted = [p1, p2, p1, (1 + p2) / 2, p2 / 4]
-    found = model.adapting(ids(0, 1, 2, 1, 2, 2), orders=(2, 3))
+    wanted = [p1, p2, p1, (1 + p2) / 2, p2 / 4, (1 + 2 * p2) / 4]
+    found = model.adapting(ids(0, 1, 2, 1, 2, 2, 2), orders=(2, 3))
     assert found == pytest.approx([float(p) for p in wanted], abs=1e-15)
     alone = [math.log(p) for p in wanted]
     assert NGram([ids(0, 1, 2, 1, 2), ids(0, 1, 1)], 3, 1).total([ids(0, 1)], adapting=True) == (
@@ -385,6 +386,8 @@ def test_an_adapting_n_gram_adds_up_to_one():
     context = np.tile(rng.integers(0, 6, size=7), 3)
     chances = [model.adapting(np.append(context, token))[-1] for token in range(7)]
     assert sum(chances) == pytest.approx(1, abs=1e-12)
+    several = rng.integers(0, 2, size=200)  # after which both have come, in every order
+    assert sum(model.adapting(np.append(several, token))[-1] for token in range(7)) == pytest.approx(1, abs=1e-12)
     assert chances[context[0]] > 0.5 > model.probabilities(np.append(context, context[0]))[-1]
 
 

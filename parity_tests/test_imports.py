@@ -48,6 +48,15 @@ def test_what_an_import_does_not_pull_in(statement, forbidden):
     assert loaded(statement) & forbidden == set()
 
 
+def test_random_numbers_that_are_not_compiled_load_no_compiler():
+    """PyTorch's compiler takes two seconds to import, and brings SymPy: at the first dropout, to whoever uses some."""
+    words = "key = d.random_key(1); d.fold(key, 2); d.random_words(key, (3,)); d.drop(torch.ones(4, 5), 0.5, key)"
+    rows = "d.philox_rows(key[None], torch.arange(3), 0)"
+    used = f"import torch; import torch_impl.dropout as d; {words}; {rows}"
+    assert "sympy" not in loaded(used)
+    assert "sympy" in loaded(f"{used}; import torch._dynamo")
+
+
 def third_party(names):
     return {name for name in names if name not in sys.stdlib_module_names and not name.startswith("_")}
 

@@ -88,7 +88,7 @@ def log_probabilities(
     return found
 
 
-def total(
+def adapted_total(
     trainer: Trainer,
     weights: Mapping[str, Any],
     pieces: Sequence[Ids],

@@ -17,8 +17,7 @@ from twinformer.data.guitar.pieces import GuitarPieces, load_pieces
 from twinformer.data.guitar.tokens import count_notes
 from twinformer.errors import ConfigError
 from twinformer.runs import backends, session
-from twinformer.runs.adaptation import Adaptation
-from twinformer.runs.adaptation import total as adaptation_total
+from twinformer.runs.adaptation import Adaptation, adapted_total
 from twinformer.runs.guitar import predict
 from twinformer.runs.intervals import clustered, wilson
 from twinformer.runs.measures import Report
@@ -99,7 +98,7 @@ def pieces(
     report.add("model", "accuracy per token", found.accuracy, share=True)
     ids = [data.vocabulary.encode(one) for one in pieces]
     if adaptation is not None:
-        found_adapting = adaptation_total(
+        adapted = adapted_total(
             backends.make_trainer(backend, subject.config, adaptation.training()),
             subject.weights,
             ids,
@@ -108,7 +107,7 @@ def pieces(
             pad_id=data.pad_id,
             tell=lambda done, of: tell(f"adapting: {done} of {of} pieces are done"),
         )
-        add("model, adapting", *found_adapting)
+        add("model, adapting", *adapted)
         report.facts["adapting"] = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(adaptation).items())
     learnt = train_file or (own / "train.txt" if own is not None else None)
     if learnt is None:
