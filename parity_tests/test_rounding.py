@@ -1,12 +1,16 @@
 """Modules by themselves in low precision: agreement where there is agreement, and each finding seen to fail."""
 
+import dataclasses
+
+import ml_dtypes
 import pytest
 import torch
 
 from twinformer.parity import random_case
+from twinformer.parity.compare import widened
 from twinformer.parity.culprit import culprits
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs import forward, parameters, rounding
+from twinformer.parity.rungs import forward, parameters, precision, rounding
 from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.presets import preset
 
@@ -131,3 +135,75 @@ def test_parts_put_together_otherwise_are_their_owners_fault(case):
     rung = forward.check(under(case, plant))
     assert rung.verdict == "differ"
     assert rung.culprits == [layer]
+
+
+# ---- parameters in one dtype, arithmetic in another
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    config = preset("textbook-decoder").replace(num_layers=1, compute_dtype="bfloat16")
+    return random_case("mixed", config, seed=3, batch=4, length=64)
+
+
+@pytest.mark.parametrize(
+    ("parameters_in", "computed_in", "asked"),
+    [
+        ("float32", "float32", []),
+        ("bfloat16", "bfloat16", []),
+        ("float32", "float64", []),
+        ("float64", "float64", []),
+        ("float32", "bfloat16", [("bfloat16", "float32")]),
+        ("float64", "float32", [("float32", "float64")]),
+        ("float16", "float16", [("float16", "float16")]),
+        ("float32", "float16", [("float16", "float16"), ("float16", "float32")]),
+    ],
+)
+def test_settings_of_a_configuration(case, parameters_in, computed_in, asked):
+    config = case.config.replace(param_dtype=parameters_in, compute_dtype=computed_in)
+    found = precision.settings(dataclasses.replace(case, config=config))
+    assert found == [("float32", "float32"), ("bfloat16", "bfloat16"), *asked]
+
+
+def test_mixed_precision_agrees(mixed):
+    evidence = Evidence(mixed)
+    for rung in (rounding.check(evidence), precision.check(evidence)):
+        assert rung.verdict == "agree", rung.problems
+        assert sum("bfloat16 on float32 parameters" in one.name for one in rung.comparisons) >= 15
+
+
+def test_parameters_keep_their_digits_in_mixed_precision(mixed):
+    """The run has the float32 weights: another than that on weights rounded to bfloat16."""
+    evidence = Evidence(mixed)
+    kept = evidence.runs("bfloat16", parameters="float32")
+    rounded = evidence.runs("bfloat16")
+    for one, other in zip(kept, rounded, strict=True):
+        assert (one.output != other.output).any()
+        assert (one.output == widened(one.output.astype(ml_dtypes.bfloat16))).all()
+
+
+@pytest.mark.parametrize("rung", [rounding, precision])
+def test_a_fault_of_mixed_precision_only_is_found(mixed, rung):
+    """A weight that the arithmetic rounds is rounded to less where parameters have more digits."""
+
+    def plant(modules):
+        linear = modules["stack.blocks.0.feedforward.up"]
+        if linear.weight.dtype == torch.float32 and linear.compute_dtype == torch.bfloat16:
+            coarse = linear.weight.to(torch.float8_e4m3fn).to(torch.float32)
+            linear.weight.data = coarse * (1 + 2.0**-2)
+
+    found = rung.check(under(mixed, plant))
+    assert found.verdict == "differ"
+    assert all("bfloat16 on float32 parameters" in problem for problem in found.problems)
+
+
+def test_a_wider_output_of_mixed_precision_is_found(mixed):
+    def plant(modules):
+        up = modules["stack.blocks.0.feedforward.up"]
+        if up.weight.dtype != up.compute_dtype:
+            up.register_forward_hook(lambda module, inputs, output: output.to(module.weight.dtype))
+
+    found = rounding.check(under(mixed, plant))
+    assert found.verdict == "differ"
+    assert found.culprits == ["stack.blocks.0.feedforward.up"]
+    assert "(bfloat16 on float32 parameters): output in float32 against bfloat16" in found.problems[0]

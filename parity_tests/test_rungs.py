@@ -194,7 +194,7 @@ def test_compiled_eager_and_remat_agree():
     with shape_hook_off():
         rung = compilation.check(Evidence(small("textbook-decoder", num_layers=1), with_gradients=True))
     assert rung.verdict == "agree", rung.problems
-    assert rung.checked.startswith("10 modes")
+    assert rung.checked.startswith("11 modes")
 
 
 @pytest.mark.parametrize("fault", ["torch_impl, remat", "flax_impl, eager"])

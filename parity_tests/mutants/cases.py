@@ -196,6 +196,7 @@ _MAKERS: dict[str, Callable[[str], Case]] = {
     "wide-window": _plain(_LLAMA, key_dim=6, value_dim=6, window=100, context_length=272, num_layers=1, length=_LENGTH),
     "long-dropout": _plain(_DECODER | _DROPOUT, context_length=272, num_layers=1, length=_LENGTH),
     "half-llama": _plain(_LLAMA, num_layers=1, param_dtype="float16", compute_dtype="float16"),
+    "mixed-decoder": _plain(_DECODER, num_layers=1, param_dtype="float32", compute_dtype="bfloat16"),
     # for low precision: enough tokens for steady statistics
     "low-llama": _plain(_LLAMA, context_length=96, length=96),
     "low-gemma": _plain(_GEMMA, context_length=96, length=96),

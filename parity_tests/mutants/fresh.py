@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 import torch
+from flax import nnx
 
 from parity_tests.mutants.optimizers import _factor
 from parity_tests.mutants.patching import Patch
 from parity_tests.mutants.registry import mutant
 from twinformer.parameters import model_parameters
+
+_LINEARS = ("*.query", "*.key", "*.value", "*.output", "*.up", "*.down")
 
 
 @mutant("T197", case="decoder", culprits="*.attention", rungs=("nonfinite",))
@@ -122,3 +126,64 @@ def float16_is_not_widened(patch: Patch) -> None:
         return lambda dtype: dtype if "float16" in str(dtype) and "bf" not in str(dtype) else wide_dtype(dtype)
 
     patch.function("linear", "wide_dtype", wrong)
+
+
+@mutant("T207", case="decoder", culprits="flax_impl, scan, *", rungs=("compilation",), twins=("flax_impl",))
+def loop_over_rounded_weights(patch: Patch) -> None:
+    """Stacked for the loop in the dtype of the arithmetic, where parameters have a wider one."""
+
+    def wrong(scanned: Any) -> Any:
+        def changed(run: Any, blocks: Any, keys: Any, X: Any, *args: Any) -> Any:
+            rounded = []
+            for block in blocks:
+                graph, state = nnx.split(block)
+                rounded.append(nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(X.dtype), state)))
+            return scanned(run, rounded, keys, X, *args)
+
+        return changed
+
+    patch.function("stack", "_scanned", wrong)
+
+
+@mutant("T208", case="decoder", culprits="*arithmetic in bfloat16", rungs=("compilation",))
+def norms_round_their_weights(patch: Patch) -> None:
+    """To the dtype of the arithmetic, before they are applied wide."""
+
+    def torch_call(call: Any) -> Any:
+        def changed(self: Any, X: Any) -> Any:
+            weight = self.weight.data
+            self.weight.data = weight.to(self.compute_dtype).to(weight.dtype)
+            try:
+                return call(self, X)
+            finally:
+                self.weight.data = weight
+
+        return changed
+
+    def flax_weighted(weighted: Any) -> Any:
+        def changed(normal: Any, scale: Any, bias: Any, weight: Any, cast: Any, compute_dtype: Any) -> Any:
+            short = jax.lax.reduce_precision(scale[...], 8, 7) if compute_dtype == "bfloat16" else scale
+            return weighted(normal, short, bias, weight, cast, compute_dtype)
+
+        return changed
+
+    if patch.is_torch:
+        patch.method("norms", "LayerNorm", torch_call)
+    else:
+        patch.function("norms", "_weighted", flax_weighted)
+
+
+@mutant("T209", case="mixed-decoder", culprits=_LINEARS, rungs=("rounding",))
+def wider_bias_promotes(patch: Patch) -> None:
+    """What is added in the dtype of the parameters takes the sum with it, and all that follows."""
+
+    def wrong(call: Any) -> Any:
+        def changed(self: Any, X: Any) -> Any:
+            Y = call(self, X)
+            if self.bias is None:
+                return Y
+            return patch.cast(Y, str(self.bias.dtype).removeprefix("torch."))
+
+        return changed
+
+    patch.method("linear", "Linear", wrong)

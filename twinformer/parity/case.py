@@ -48,6 +48,11 @@ class Case:
         return dataclasses.replace(self, config=self.config.with_dtype(dtype), tensors=tensors)
 
 
+def computing_in(case: Case, dtype: DType) -> Case:
+    """The same case with the arithmetic in ``dtype`` and the weights in the dtype that they have."""
+    return dataclasses.replace(case, config=case.config.replace(compute_dtype=dtype))
+
+
 def with_all_digits(case: Case) -> Case:
     """A float64 case whose weights need float64: weights that came from float32 would survive a detour over it."""
 

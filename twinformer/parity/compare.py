@@ -308,22 +308,45 @@ def worst_of(findings: Sequence[Comparison | ErrorPair]) -> Comparison | ErrorPa
     return max(findings, key=lambda finding: finding.severity, default=None)
 
 
-def sibling_scales(gradients: Mapping[str, FloatArray]) -> dict[str, float]:
+def sibling_scales(gradients: Mapping[str, FloatArray], *, flowing: float = 0.0) -> dict[str, float]:
     """For each parameter the largest gradient within the module that owns it.
 
     A gradient can be zero by mathematics: the softmax does not see a constant added to all keys' scores, so
     the bias of the keys gets none. What is computed for it is the rounding noise of sums as large as those
     behind the weight beside it; relative to itself that noise would look like an error of 100 %. Where a whole module
     has no more than ``ROUNDING_NOISE`` of the model's largest gradient, that largest is its scale: there is only noise.
+    ``flowing`` is the largest gradient that came to any module's output (``flowing_through``): behind a function that
+    is saturated no parameter may have more than noise.
     """
     largest: dict[str, float] = {}
     for path, gradient in gradients.items():
         owner = path.rpartition(".")[0]
-        magnitude = np.abs(gradient[np.isfinite(gradient)]).max(initial=0.0)
-        largest[owner] = max(largest.get(owner, 0.0), float(magnitude))
-    overall = max(largest.values(), default=0.0)
-    scales = {owner: size if size > ROUNDING_NOISE * overall else overall for owner, size in largest.items()}
+        largest[owner] = max(largest.get(owner, 0.0), _magnitude(gradient))
+    overall = max([flowing, *largest.values()])
+    scales = {owner: _or_noise(size, overall) for owner, size in largest.items()}
     return {path: scales[path.rpartition(".")[0]] for path in gradients}
+
+
+def output_scales(gradients: Mapping[str, FloatArray], *, flowing: float) -> dict[str, float]:
+    """For the gradient of each module's output its largest magnitude, or ``flowing`` where that is only noise.
+
+    Queries that see one key have a gradient of 0 by mathematics: one program may compute 0 and another 1e-18.
+    """
+    return {path: _or_noise(_magnitude(gradient), flowing) for path, gradient in gradients.items()}
+
+
+def flowing_through(gradients: Mapping[str, FloatArray], cotangent: FloatArray) -> float:
+    """The largest finite gradient of a module's output, the model's among them."""
+    return max(_magnitude(cotangent), *(_magnitude(gradient) for gradient in gradients.values()), 0.0)
+
+
+def _or_noise(size: float, overall: float) -> float:
+    return size if size > ROUNDING_NOISE * overall else overall
+
+
+def _magnitude(gradient: FloatArray) -> float:
+    """The largest finite one."""
+    return float(np.abs(gradient[np.isfinite(gradient)]).max(initial=0.0))
 
 
 @dataclass(frozen=True)

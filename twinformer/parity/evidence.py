@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from twinformer.config import DType
-from twinformer.parity.case import Case
+from twinformer.parity.case import Case, computing_in
 from twinformer.parity.compare import largest_difference
 from twinformer.parity.noise import neighbour, nudged, reordered
 from twinformer.parity.power import Power, measure, tensors_of
@@ -47,9 +47,14 @@ class Evidence:
         precision: Precision = "highest",
         variant: Variant = "plain",
         draw: int = 0,
+        parameters: DType | None = None,
     ) -> tuple[Run, Run]:
-        """Both twins' runs in ``dtype``, with weights rounded to it. ``variant`` and ``draw``: see ``noise.py``."""
-        first, second = (self._run(twin, dtype, dtype, gradients, precision, variant, draw) for twin in self.twins)
+        """Both twins' runs in ``dtype``, with weights rounded to it, or kept in the dtype ``parameters``.
+
+        ``variant`` and ``draw``: see ``noise.py``.
+        """
+        kept = parameters or dtype
+        first, second = (self._run(twin, dtype, kept, gradients, precision, variant, draw) for twin in self.twins)
         return first, second
 
     def noise(self, *, gradients: bool = False) -> list[dict[str, float]]:
@@ -118,7 +123,7 @@ class Evidence:
         case = self.case.in_dtype(weights_in)
         if variant == "neighbour":
             case = neighbour(case, draw)
-        case = case.in_dtype(dtype)
+        case = case.in_dtype(dtype) if dtype in (weights_in, "float64") else computing_in(case, dtype)
         if variant == "reordered" and "rng" in case.inputs:
             run = twin.run(nudged(case), gradients=gradients, precision=precision, detail=detail)
         elif variant == "reordered":

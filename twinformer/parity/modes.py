@@ -4,15 +4,19 @@ and blocks in a loop."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import torch
 from flax import nnx
 
@@ -23,7 +27,7 @@ import torch_impl.training
 from twinformer.data.batch import Batch
 from twinformer.decoding import Generated
 from twinformer.learning import TrainingConfig
-from twinformer.parity.case import Case
+from twinformer.parity.case import Arrays, Case
 from twinformer.parity.compare import FloatArray, widened
 from twinformer.parity.scenarios import Writing
 from twinformer.parity.training_runs import Trained, train
@@ -80,6 +84,60 @@ def outputs_after_casts(twin: Twin, case: Case) -> tuple[FloatArray, FloatArray]
         model = model.to(torch.bfloat16).to(torch.float32)
         model.load_state_dict(weights)
         return before, widened(model(**inputs).numpy())
+
+
+def norms_seen_wide(twin: Twin, case: Case, *, scan: bool = False) -> dict[str, bool]:
+    """Which of the blocks' norms count with more digits than bfloat16 has, where only the arithmetic is in bfloat16.
+
+    Norms compute wide, so that theirs are the weights whose further digits show. They are taken away from one
+    parameter of all blocks at a time; ``scan``: Flax with its blocks in a loop. Blocks go by the name ``*``.
+    """
+    config = case.in_dtype("float32").config.replace(compute_dtype="bfloat16", scan_layers=scan)
+    mixed = dataclasses.replace(case.in_dtype("float32"), config=config)
+    groups: dict[str, list[str]] = {}
+    for path in mixed.tensors:
+        if ".blocks." in path and path.rpartition(".")[0].endswith("norm"):
+            groups.setdefault(re.sub(r"\.blocks\.\d+\.", ".blocks.*.", path), []).append(path)
+    call = _torch_call(mixed) if twin.name == TorchTwin.name else _flax_call(mixed)
+    whole = call(mixed.tensors)
+    return {
+        group: not np.array_equal(whole, call(mixed.tensors | {path: _short(mixed.tensors[path]) for path in paths}))
+        for group, paths in groups.items()
+    }
+
+
+def _short(tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Without the digits that bfloat16 has no room for."""
+    return tensor.astype(ml_dtypes.bfloat16).astype(tensor.dtype)
+
+
+def _torch_call(case: Case) -> Callable[[Arrays], FloatArray]:
+    model = torch_impl.build(case.config, seed=None)
+    inputs = {name: torch.from_numpy(np.array(value)) for name, value in case.inputs.items()}
+
+    def call(tensors: Arrays) -> FloatArray:
+        torch_impl.load_weights(model, tensors, finite=case.finite)
+        with torch.no_grad():
+            return widened(model(**inputs).to(torch.float64).numpy())
+
+    return call
+
+
+def _flax_call(case: Case) -> Callable[[Arrays], FloatArray]:
+    model = flax_impl.models.skeleton(case.config)
+
+    @jax.jit
+    def forward(state: Any) -> Any:
+        return nnx.merge(graphdef, state)(**case.inputs)
+
+    flax_impl.load_weights(model, case.tensors, finite=case.finite)
+    graphdef: Any = nnx.split(model)[0]
+
+    def call(tensors: Arrays) -> FloatArray:
+        flax_impl.load_weights(model, tensors, finite=case.finite)
+        return widened(np.asarray(forward(nnx.split(model)[1])))
+
+    return call
 
 
 def cpp_compiler() -> str | None:

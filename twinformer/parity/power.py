@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, FloatArray, relative_move, sibling_scales
+from twinformer.parity.compare import (
+    Comparison,
+    FloatArray,
+    flowing_through,
+    output_scales,
+    relative_move,
+    sibling_scales,
+)
 from twinformer.parity.twins import Call, Replay, Run, Twin
 
 if TYPE_CHECKING:
@@ -62,7 +69,7 @@ def measure(evidence: Evidence, *, bound: float, gradients: bool) -> Power:
     before = evidence.runs("float64", gradients=gradients)[0]
     gradients = bool(before.gradients)
     still = tensors_of(before)
-    scales = _scales(before)
+    scales = _scales(before, case)
     moves = dict.fromkeys(still, 0.0)
     weights = {path: _a_weight(path, case, before) for path in case.tensors}
     runs = 0
@@ -102,8 +109,13 @@ def with_change(case: Case, places: Mapping[str, tuple[int, ...]]) -> Case:
     return dataclasses.replace(case, tensors=tensors)
 
 
-def _scales(run: Run) -> dict[str, float]:
-    return {f"gradient {path}": scale for path, scale in sibling_scales(run.gradients).items()}
+def _scales(run: Run, case: Case) -> dict[str, float]:
+    """Those of rung 2."""
+    flowing = flowing_through(run.module_gradients, case.cotangent)
+    return {f"gradient {path}": scale for path, scale in sibling_scales(run.gradients, flowing=flowing).items()} | {
+        f"gradient of output {path}": scale
+        for path, scale in output_scales(run.module_gradients, flowing=flowing).items()
+    }
 
 
 def _a_weight(path: str, case: Case, run: Run) -> tuple[int, ...] | None:

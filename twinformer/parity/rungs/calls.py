@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from twinformer.initializers import stream
 from twinformer.parity.case import Arrays, Case
-from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
+from twinformer.parity.compare import Comparison, compare, flowing_through, set_problems, sibling_scales
 from twinformer.parity.evidence import Evidence
+from twinformer.parity.kinks import without_ties
 from twinformer.parity.rungs import forward, gradients
 from twinformer.parity.verdict import Rung, rung_of
 
@@ -37,14 +38,18 @@ def compared(evidence: Evidence, called: Mapping[str, Case]) -> Rung:
     """Both twins on each of these cases: outputs, blocks and gradients."""
     comparisons: list[Comparison] = []
     problems: list[str] = []
+    notes: list[str] = []
     culprits: list[str] = []
     for what, call in called.items():
-        other = Evidence(call, evidence.twins, with_gradients=True, progress=evidence.progress)
         ours, theirs = (twin.run(call, gradients=True, detail="blocks") for twin in evidence.twins)
         sides = (evidence.twins[0].name, evidence.twins[1].name)
         problems += [f"{what}: {text}" for text in set_problems("module", ours.modules, theirs.modules, sides)]
         problems += [f"{what}: {text}" for text in set_problems("gradient", ours.gradients, theirs.gradients, sides)]
-        scales = sibling_scales(theirs.gradients)
+        call, tied = without_ties(call, (ours, theirs))
+        if tied:
+            notes.append(f"{what}: gradients left out, for tokens tie under max pooling: rows {tied}")
+            ours, theirs = (twin.run(call, gradients=True, detail="blocks") for twin in evidence.twins)
+        scales = sibling_scales(theirs.gradients, flowing=flowing_through({}, call.cotangent))
         found = [compare(f"output ({what})", ours.output, theirs.output, bound=forward.BOUND)]
         found += [
             compare(f"{path} ({what})", seen, theirs.modules[path], bound=forward.BOUND)
@@ -62,10 +67,12 @@ def compared(evidence: Evidence, called: Mapping[str, Case]) -> Rung:
         if not all(one.agrees for one in (*found, *pulled)):
             is_backward = all(one.agrees for one in found)
             rung = rung_of(what, [*found, *pulled])
+            other = Evidence(call, evidence.twins, with_gradients=True, progress=evidence.progress)
             forward.blame(rung, other, backward=is_backward, bound=gradients.BOUND if is_backward else forward.BOUND)
             culprits += rung.culprits
     rung = rung_of(f"{', '.join(called)}: {len(comparisons)} tensors", comparisons, problems)
     rung.culprits = list(dict.fromkeys(culprits))
+    rung.notes += notes
     return rung
 
 

@@ -3,13 +3,16 @@
 The judge runs PyTorch eagerly and Flax under ``jax.jit``, and watches their modules. Here each twin is held against
 itself: PyTorch under ``torch.compile``; Flax under jit with nobody watching, without any jit, and with its blocks in
 one compiled loop; and both with every block computed again in the backward pass. PyTorch's trainer and generator are
-asked compiled too, and a module that was cast to bfloat16 and back before it took its weights.
+asked compiled too, and a module that was cast to bfloat16 and back before it took its weights. Where parameters are
+wider than the arithmetic, norms have to see all of their digits, in a loop over blocks as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+
+import numpy as np
 
 from twinformer.decoding import Generated
 from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
@@ -18,6 +21,7 @@ from twinformer.parity.modes import (
     MODES,
     WITH_DROPOUT,
     cpp_compiler,
+    norms_seen_wide,
     outputs_after_casts,
     run_in_mode,
     train_compiled,
@@ -34,6 +38,7 @@ from twinformer.parity.writing_checks import compared
 CAST = "torch_impl, cast and back"
 COMPILED_TRAINER = "torch_impl, compiled trainer"
 COMPILED_GENERATOR = "torch_impl, compiled generator"
+MIXED = "parameters in float32, arithmetic in bfloat16"
 _NEW = 8
 
 
@@ -69,6 +74,9 @@ def check(evidence: Evidence) -> Rung:
     torch_twin = evidence.twins[0]
     cast = torch_twin.once("casts", evidence.case, lambda: outputs_after_casts(torch_twin, evidence.case))
     comparisons.append(compare(f"output ({CAST})", *reversed(cast), bound=0.0))
+    modes += 1
+    evidence.progress(MIXED)
+    comparisons += _mixed(evidence)
     config = evidence.case.config
     if config.predicts_tokens and config.architecture != "encoder" and cpp_compiler() is not None:
         modes += 1
@@ -82,6 +90,26 @@ def check(evidence: Evidence) -> Rung:
     else:
         rung.notes += reasons
     return rung
+
+
+def _mixed(evidence: Evidence) -> list[Comparison]:
+    """Which norms show digits beyond those of the arithmetic: what one way of running sees, every way has to see."""
+    asked = {f"{twin.name}, {MIXED}": (twin, False) for twin in evidence.twins}
+    asked[f"{evidence.twins[1].name}, scan, {MIXED}"] = (evidence.twins[1], True)
+    seen = {
+        label: twin.once(label, evidence.case, partial(norms_seen_wide, twin, evidence.case, scan=scan))
+        for label, (twin, scan) in asked.items()
+    }
+    return [
+        compare(
+            f"{norm} shows its digits ({label})",
+            np.array([float(shows)]),
+            np.array([float(any(other[norm] for other in seen.values()))]),
+            bound=0.0,
+        )
+        for label, found in seen.items()
+        for norm, shows in found.items()
+    ]
 
 
 def _trained(evidence: Evidence) -> list[Comparison]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems, sibling_scales
+from twinformer.parity.compare import (
+    ROUNDING_NOISE,
+    Comparison,
+    compare,
+    flowing_through,
+    output_scales,
+    set_problems,
+    sibling_scales,
+)
 from twinformer.parity.evidence import Evidence
+from twinformer.parity.kinks import settled
 from twinformer.parity.power import is_still, is_vacuous, vacuous
 from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
 from twinformer.parity.rungs.forward import blame, with_noise
@@ -22,8 +29,10 @@ def check(evidence: Evidence) -> Rung:
 
     Gradients of module outputs include those of the embeddings, which are the inputs as far as calculus sees
     them. A parameter's error is measured against the largest gradient within its module (``sibling_scales``).
-    A parameter without any gradient is named: nothing here would notice it.
+    A parameter without any gradient is named: nothing here would notice it. Rows that tie under max pooling are left
+    out (``kinks.py``).
     """
+    evidence, tied = settled(evidence)
     torch_run, flax_run = evidence.runs("float64", gradients=True)
     first, second = (twin.name for twin in evidence.twins)
     problems = set_problems("gradient of parameter", torch_run.gradients, flax_run.gradients, (first, second))
@@ -33,12 +42,12 @@ def check(evidence: Evidence) -> Rung:
     noise = evidence.noise(gradients=True)
     # where a soft cap is saturated, or next to the root of an activation's derivative, a gradient is what cancellation
     # leaves of a far larger one: the rounding of that is in it, in whatever order the sums were taken
-    rounding = np.finfo(np.float64).eps * max(
-        _largest(torch_run.module_gradients), _largest({"": evidence.case.cotangent})
-    )
+    flowing = flowing_through(torch_run.module_gradients, evidence.case.cotangent)
+    rounding = np.finfo(np.float64).eps * flowing
+    scales = output_scales(flax_run.module_gradients, flowing=flowing)
     outputs = [
         with_noise(
-            compare(f"output of {path}", gradient, flax_run.module_gradients[path], bound=BOUND),
+            compare(f"output of {path}", gradient, flax_run.module_gradients[path], bound=BOUND, scale=scales[path]),
             noise,
             f"gradient of output {path}",
             least=rounding,
@@ -46,7 +55,7 @@ def check(evidence: Evidence) -> Rung:
         for path, gradient in torch_run.module_gradients.items()
         if path in flax_run.module_gradients
     ]
-    scales = sibling_scales(flax_run.gradients)
+    scales = sibling_scales(flax_run.gradients, flowing=flowing)
     parameters = [
         with_noise(
             compare(path, gradient, flax_run.gradients[path], bound=BOUND, scale=scales[path]),
@@ -62,16 +71,18 @@ def check(evidence: Evidence) -> Rung:
         blame(rung, evidence, backward=True, bound=BOUND)
     elif rung.verdict == "agree":
         _look_for_vacuous(rung, evidence)
+        largest = flowing_through(torch_run.gradients, np.zeros(1))
+        if largest <= ROUNDING_NOISE * flowing:
+            rung.verdict = "cannot tell"
+            rung.problems.append(
+                f"no parameter has a gradient beyond rounding: {largest:.1e} at most, beside {flowing:.1e} of outputs"
+            )
+    if tied:
+        rung.notes.append(f"left out, for the largest features of two tokens tie under max pooling: rows {tied}")
     idle = [path for path, gradient in torch_run.gradients.items() if not np.any(gradient)]
     if idle:
         rung.notes.append(f"no gradient at all on these inputs: {', '.join(idle)}")
     return rung
-
-
-def _largest(arrays: Mapping[str, FloatArray]) -> float:
-    """The largest finite magnitude."""
-    sizes = [float(np.abs(array).max(initial=0.0)) for array in arrays.values()]
-    return max((size for size in sizes if np.isfinite(size)), default=0.0)
 
 
 def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:

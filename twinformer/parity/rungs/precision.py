@@ -31,17 +31,18 @@ Tensors = dict[str, FloatArray]
 def check(evidence: Evidence) -> Rung:
     """Compare the errors of the output, of every block's output and of every parameter's gradient.
 
-    Both dtypes are run as users run them and at the highest matrix-product precision. The truth is the
-    float64 run on weights rounded to the dtype, so that only arithmetic is measured. Every run is made a second time in
-    another order of summation, for the noise floor. Where a ratio is beyond its bound, neighbouring weights
-    are run as well: an error that was large by chance is not large every time.
+    Both dtypes, and those of the configuration where parameters have another one than the arithmetic, are run as users
+    run them and at the highest matrix-product precision. The truth is the float64 run on weights rounded to the dtype
+    of the parameters, so that only arithmetic is measured. Every run is made a second time in another order of
+    summation, for the noise floor. Where a ratio is beyond its bound, neighbouring weights are run as well: an error
+    that was large by chance is not large every time.
     """
     pairs: list[ErrorPair] = []
     problems: list[str] = []
     most = 0
-    for dtype in dtypes(evidence.case):
+    for dtype, parameters in settings(evidence.case):
         for precision in evidence.precisions():
-            found, wrong, neighbours = _pairs(evidence, dtype, precision)
+            found, wrong, neighbours = _pairs(evidence, dtype, parameters, precision)
             most = max(most, neighbours)
             pairs += found
             problems += wrong
@@ -53,21 +54,37 @@ def check(evidence: Evidence) -> Rung:
     return rung
 
 
-def dtypes(case: Case) -> tuple[DType, ...]:
-    """Those that are asked of every model; float16, which most weights overflow, of one that is configured so."""
-    is_half = "float16" in (case.config.param_dtype, case.config.compute_dtype)
-    return (*_DTYPES, "float16") if is_half else _DTYPES
+def settings(case: Case) -> list[tuple[DType, DType]]:
+    """The dtypes of the arithmetic and of the parameters.
+
+    Two are asked of every model; float16, which most weights overflow, of one that is configured so; and those of the
+    configuration where these are two. What computes in float64 is what is measured against.
+    """
+    compute, parameters = case.config.compute_dtype, case.config.param_dtype
+    found: list[tuple[DType, DType]] = [(dtype, dtype) for dtype in _DTYPES]
+    if "float16" in (parameters, compute):
+        found.append(("float16", "float16"))
+    if compute not in (parameters, "float64"):
+        found.append((compute, parameters))
+    return found
 
 
-def _pairs(evidence: Evidence, dtype: DType, precision: Precision) -> tuple[list[ErrorPair], list[str], int]:
+def label_of(dtype: DType, parameters: DType) -> str:
+    return dtype if dtype == parameters else f"{dtype} on {parameters} parameters"
+
+
+def _pairs(
+    evidence: Evidence, dtype: DType, parameters: DType, precision: Precision
+) -> tuple[list[ErrorPair], list[str], int]:
     """The pairs, what makes them impossible, and how many neighbours were asked.
 
     A ratio only falls with each further neighbour, so that one asks no more once all ratios are within their bounds.
     """
     names = tuple(twin.name for twin in evidence.twins)
-    label = f"{dtype}, {precision}"
-    truth, once, scales = _draw(evidence, dtype, precision, 0)
-    again = [_tensors(run) for run in evidence.runs(dtype, gradients=True, precision=precision, variant="reordered")]
+    label = f"{label_of(dtype, parameters)}, {precision}"
+    truth, once, scales = _draw(evidence, dtype, parameters, precision, 0)
+    another = evidence.runs(dtype, parameters=parameters, gradients=True, precision=precision, variant="reordered")
+    again = [_tensors(run) for run in another]
     draws = [(truth, once, scales)]
     problems = _set_problems(label, names, truth, [once, again])
     errors: list[dict[str, list[Comparison]]] = []
@@ -98,7 +115,7 @@ def _pairs(evidence: Evidence, dtype: DType, precision: Precision) -> tuple[list
         ]
         if len(errors) > NEIGHBOURS or all(pair.agrees for pair in pairs):
             return pairs, [], len(errors) - 1
-        draws.append(_draw(evidence, dtype, precision, len(errors)))
+        draws.append(_draw(evidence, dtype, parameters, precision, len(errors)))
         problems = _set_problems(label, names, draws[-1][0], [draws[-1][1]])
     return [], problems, 0
 
@@ -123,12 +140,12 @@ def _errors(draw: tuple[Tensors, list[Tensors], dict[str, float]], dtype: DType)
 
 
 def _draw(
-    evidence: Evidence, dtype: DType, precision: Precision, draw: int
+    evidence: Evidence, dtype: DType, parameters: DType, precision: Precision, draw: int
 ) -> tuple[Tensors, list[Tensors], dict[str, float]]:
     """The truth, what the twins found, and the gradients' scales; draw 0 is the case itself."""
     variant: Variant = "neighbour" if draw else "plain"
-    truth = evidence.truth(dtype, variant=variant, draw=draw)
-    runs = evidence.runs(dtype, gradients=True, precision=precision, variant=variant, draw=draw)
+    truth = evidence.truth(parameters, variant=variant, draw=draw)
+    runs = evidence.runs(dtype, parameters=parameters, gradients=True, precision=precision, variant=variant, draw=draw)
     scales = {_GRADIENT + path: scale for path, scale in sibling_scales(truth.gradients).items()}
     return _tensors(truth), [_tensors(run) for run in runs], scales
 

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from twinformer.config import DType
+from twinformer.parity.case import computing_in
 from twinformer.parity.compare import Comparison, ErrorPair, compare
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs.precision import LARGEST_RATIO, RMS_RATIO, ROUNDING, dtypes
+from twinformer.parity.rungs.precision import LARGEST_RATIO, RMS_RATIO, ROUNDING, label_of, settings
 from twinformer.parity.twins import Call, Replay
 from twinformer.parity.verdict import Rung, rung_of
 
@@ -38,10 +39,13 @@ def check(evidence: Evidence) -> Rung:
     findings: list[Comparison | ErrorPair] = []
     problems: list[str] = []
     culprits: list[str] = []
-    for dtype in dtypes(evidence.case):
-        found, wrong = _in(evidence, dtype)
+    for dtype, parameters in settings(evidence.case):
+        found, wrong = _in(evidence, dtype, parameters)
         findings += [one for of_call in found.values() for one in of_call]
-        problems += [f"{name or 'the model itself'} ({dtype}): {problem}" for name, problem in wrong.items()]
+        problems += [
+            f"{name or 'the model itself'} ({label_of(dtype, parameters)}): {problem}"
+            for name, problem in wrong.items()
+        ]
         suspects = [*(name for name, of_call in found.items() if not all(one.agrees for one in of_call)), *wrong]
         culprits += [name for name in suspects if not any(_is_part(other, name) for other in suspects)]
     rung = rung_of(f"{len(findings)} findings on calls of modules", findings, problems)
@@ -50,10 +54,12 @@ def check(evidence: Evidence) -> Rung:
     return rung
 
 
-def _in(evidence: Evidence, dtype: DType) -> tuple[dict[str, list[Comparison | ErrorPair]], dict[str, str]]:
+def _in(
+    evidence: Evidence, dtype: DType, parameters: DType
+) -> tuple[dict[str, list[Comparison | ErrorPair]], dict[str, str]]:
     """The errors of every call in ``dtype``, and the calls whose outputs are of different dtypes."""
     first, second = evidence.twins
-    case = evidence.case.in_dtype(dtype)
+    case = computing_in(evidence.case.in_dtype(parameters), dtype)
     calls = first.record(case)
     truth = first.replay(case.in_dtype("float64"), [_widened(call) for call in calls], gradients=False)
     ours = first.replay(case, calls, gradients=False, compiled=False)
@@ -64,7 +70,9 @@ def _in(evidence: Evidence, dtype: DType) -> tuple[dict[str, list[Comparison | E
         if not np.isfinite(right.output).any():
             continue  # NaN came in, NaN goes out
         if call.kind not in COMPOSED:
-            found[call.name] = [_pair(call, dtype, (first.name, second.name), right, one, other)]
+            found[call.name] = [
+                _pair(call, dtype, label_of(dtype, parameters), (first.name, second.name), right, one, other)
+            ]
         if call.kind in LAID_DOWN and dtype != "float32" and one.output.shape == other.output.shape:
             found[call.name].append(_unequal(call, one, other))
         if one.dtype != other.dtype:
@@ -72,9 +80,11 @@ def _in(evidence: Evidence, dtype: DType) -> tuple[dict[str, list[Comparison | E
     return found, problems
 
 
-def _pair(call: Call, dtype: DType, names: tuple[str, str], right: Replay, one: Replay, other: Replay) -> ErrorPair:
+def _pair(
+    call: Call, dtype: DType, label: str, names: tuple[str, str], right: Replay, one: Replay, other: Replay
+) -> ErrorPair:
     return ErrorPair.of(
-        f"{call.name} (by itself, {dtype})",
+        f"{call.name} (by itself, {label})",
         names,
         [compare(call.name, replay.output, right.output, bound=1.0) for replay in (one, other)],
         rounding=ROUNDING[dtype],

@@ -16,8 +16,18 @@ import numpy as np
 from twinformer.config import ModelConfig
 from twinformer.initializers import stream
 from twinformer.parity.case import Case
-from twinformer.parity.compare import Comparison, FloatArray, compare, set_problems, sibling_scales, widened
+from twinformer.parity.compare import (
+    Comparison,
+    FloatArray,
+    compare,
+    flowing_through,
+    output_scales,
+    set_problems,
+    sibling_scales,
+    widened,
+)
 from twinformer.parity.evidence import Evidence
+from twinformer.parity.kinks import settled
 from twinformer.parity.rungs import forward, gradients
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung, rung_of
@@ -40,7 +50,7 @@ def check(evidence: Evidence) -> Rung:
 
     There is no noise floor here: a model in another order has other elements dropped.
     """
-    noisy = Evidence(with_dropout(evidence.case), evidence.twins, with_gradients=True)
+    noisy, tied = settled(Evidence(with_dropout(evidence.case), evidence.twins, with_gradients=True))
     torch_run, flax_run = noisy.runs("float64", gradients=True)
     sides = (noisy.twins[0].name, noisy.twins[1].name)
     problems = set_problems("module", torch_run.modules, flax_run.modules, sides)
@@ -50,8 +60,10 @@ def check(evidence: Evidence) -> Rung:
         if path in flax_run.modules
     ]
     outputs.append(compare("output", torch_run.output, flax_run.output, bound=forward.BOUND))
-    pulled = _gradients(torch_run.module_gradients, flax_run.module_gradients, "output of ", None)
-    scales = sibling_scales(flax_run.gradients)
+    flowing = flowing_through(torch_run.module_gradients, noisy.case.cotangent)
+    scales = output_scales(flax_run.module_gradients, flowing=flowing)
+    pulled = _gradients(torch_run.module_gradients, flax_run.module_gradients, "output of ", scales)
+    scales = sibling_scales(flax_run.gradients, flowing=flowing)
     pulled += _gradients(torch_run.gradients, flax_run.gradients, "", scales)
     config = noisy.case.config
     rates = sorted({config.dropout, config.attention_dropout, config.hidden_dropout} - {0.0})
@@ -65,11 +77,13 @@ def check(evidence: Evidence) -> Rung:
         forward.blame(rung, noisy, backward=True, bound=gradients.BOUND)
     elif rung.verdict == "differ":
         rung.culprits = ["dropout"]
+    if tied:
+        rung.notes.append(f"gradients left out, for tokens tie under max pooling: rows {tied}")
     return rung
 
 
 def _gradients(
-    ours: dict[str, FloatArray], theirs: dict[str, FloatArray], prefix: str, scales: dict[str, float] | None
+    ours: dict[str, FloatArray], theirs: dict[str, FloatArray], prefix: str, scales: dict[str, float]
 ) -> list[Comparison]:
     return [
         compare(
@@ -77,7 +91,7 @@ def _gradients(
             gradient,
             theirs[path],
             bound=gradients.BOUND,
-            scale=None if scales is None else scales[path],
+            scale=scales[path],
         )
         for path, gradient in ours.items()
         if path in theirs
