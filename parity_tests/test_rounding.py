@@ -6,6 +6,8 @@ import ml_dtypes
 import pytest
 import torch
 
+from parity_tests import fuzz
+from parity_tests.strategies import seeded_cases
 from twinformer.parity import random_case
 from twinformer.parity.compare import widened
 from twinformer.parity.culprit import culprits
@@ -135,6 +137,33 @@ def test_parts_put_together_otherwise_are_their_owners_fault(case):
     rung = forward.check(under(case, plant))
     assert rung.verdict == "differ"
     assert rung.culprits == [layer]
+
+
+# ---- what rounding alone can do, found by chance: random configuration 42/5
+
+
+@pytest.fixture(scope="module")
+def few():
+    """The mean of five numbers near 75, of little spread: exact by luck in one twin, and in the other not."""
+    return fuzz.subject_of(seeded_cases(1, seed=42_000_005)[0], "42/5")
+
+
+def test_luck_in_a_mean_of_a_few_large_numbers_is_no_difference(few):
+    rung = rounding.check(Evidence(few))
+    assert rung.verdict == "agree", rung.problems
+    norm = next(one for one in rung.comparisons if one.name == "embedding.norm (by itself, float32)")
+    ours, theirs = norm.errors
+    assert max(ours, theirs) > 100 * min(ours, theirs)
+    assert 1e-5 < norm.rounding < 1e-4
+
+
+@pytest.mark.parametrize("path", ["embedding.norm", "stack.blocks.0.feedforward_norm"])
+def test_what_luck_cannot_do_is_found_there(few, path):
+    """More than 16 times what a last place of its inputs does to the one norm; far less does to the other."""
+    factor = 1 + (2e-3 if path == "embedding.norm" else 1e-4)
+    rung = rounding.check(under(few, after(path, lambda Y: Y * factor if Y.dtype == torch.float32 else Y)))
+    assert rung.verdict == "differ"
+    assert path in rung.culprits
 
 
 # ---- parameters in one dtype, arithmetic in another

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from twinformer.config import DType
-from twinformer.parity.case import computing_in
-from twinformer.parity.compare import Comparison, ErrorPair, compare
+from twinformer.initializers import stream
+from twinformer.parity.case import Case, computing_in
+from twinformer.parity.compare import Comparison, ErrorPair, compare, relative_move
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs.precision import LARGEST_RATIO, RMS_RATIO, ROUNDING, label_of, settings
-from twinformer.parity.twins import Call, Replay
+from twinformer.parity.twins import Call, Replay, Twin
 from twinformer.parity.verdict import Rung, rung_of
 
 # modules whose every rounding is laid down
@@ -30,6 +31,8 @@ LAID_DOWN = frozenset(
 # digits, and some fall on the other side of a boundary between numbers of 8 digits. 0.02 % is the most that was seen; a
 # rounding too many changes a fifth or more.
 UNEQUAL = 0.05
+# how often inputs are moved to see what rounding can do
+_DRAWS = 4
 # those that only put others together: rung 3 looks at them, for norms within them make much of little errors by chance
 COMPOSED = frozenset({"Block", "EncoderDecoder", "EncoderModel", "LanguageModel", "TransformerStack"})
 
@@ -70,9 +73,12 @@ def _in(
         if not np.isfinite(right.output).any():
             continue  # NaN came in, NaN goes out
         if call.kind not in COMPOSED:
-            found[call.name] = [
-                _pair(call, dtype, label_of(dtype, parameters), (first.name, second.name), right, one, other)
-            ]
+            name = f"{call.name} (by itself, {label_of(dtype, parameters)})"
+            pair = _pair(name, (first.name, second.name), right, (one, other), ROUNDING[dtype])
+            if not pair.agrees and not pair.problem:
+                rounding = max(ROUNDING[dtype], _sensitivity(first, case, call, right))
+                pair = _pair(name, (first.name, second.name), right, (one, other), rounding)
+            found[call.name] = [pair]
         if call.kind in LAID_DOWN and dtype != "float32" and one.output.shape == other.output.shape:
             found[call.name].append(_unequal(call, one, other))
         if one.dtype != other.dtype:
@@ -80,17 +86,40 @@ def _in(
     return found, problems
 
 
-def _pair(
-    call: Call, dtype: DType, label: str, names: tuple[str, str], right: Replay, one: Replay, other: Replay
-) -> ErrorPair:
+def _pair(name: str, names: tuple[str, str], right: Replay, both: tuple[Replay, Replay], rounding: float) -> ErrorPair:
     return ErrorPair.of(
-        f"{call.name} (by itself, {label})",
+        name,
         names,
-        [compare(call.name, replay.output, right.output, bound=1.0) for replay in (one, other)],
-        rounding=ROUNDING[dtype],
+        [compare(name, replay.output, right.output, bound=1.0) for replay in both],
+        rounding=rounding,
         bound=LARGEST_RATIO,
         rms_bound=RMS_RATIO,
     )
+
+
+def _sensitivity(twin: Twin, case: Case, call: Call, right: Replay) -> float:
+    """How far the truth moves, relative to its largest, where inputs and weights move by half a last place of float32.
+
+    In that dtype, or in it though the values have fewer digits, sums are taken. The mean of a few large numbers is
+    exact by luck in one program and off by as much in another, and a norm of little spread makes much of that. The most
+    of a few draws: one may move a whole row alike, which a norm does not see.
+    """
+    wide = case.in_dtype("float64")
+    found = []
+    for draw in range(_DRAWS):
+
+        def moved(part: Any, draw: int = draw) -> Any:
+            if not isinstance(part, np.ndarray) or part.dtype.kind in "biu":
+                return part
+            signs = stream(draw, f"rounding/{part.shape}").choice((-1.0, 1.0), part.shape)
+            return part.astype(np.float64) * (1 + signs * ROUNDING["float32"])
+
+        arguments, options = jax.tree.map(moved, (call.arguments, call.options), is_leaf=lambda part: part is None)
+        shaken = dataclasses.replace(call, arguments=arguments, options=options)
+        tensors = {path: moved(tensor) for path, tensor in wide.tensors.items()}
+        (after,) = twin.replay(dataclasses.replace(wide, tensors=tensors), [shaken], gradients=False)
+        found.append(relative_move(after.output, right.output))
+    return max(found)
 
 
 def _unequal(call: Call, one: Replay, other: Replay) -> Comparison:
