@@ -27,6 +27,7 @@ from parity_tests.quick_programs import XLA_FLAGS
 Todo, Found = TypeVar("Todo"), TypeVar("Found")
 
 RUNGS = ("parameters", "forward", "gradients")
+LOW = {"precision", "rounding", "optimizer", "accumulation"}
 
 
 def subject_of(drawn: Any, name: str) -> Any:
@@ -82,6 +83,8 @@ def main() -> int:
     parser.add_argument("--rungs", default=",".join(RUNGS), help="separated by commas; default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, continued where it ends")
     options = parser.parse_args()
+    if LOW & set(options.rungs.split(",")):  # programs made with little care round more than those that users have
+        os.environ.setdefault("XLA_FLAGS", "")
     lines = read_lines(options.out)
     done = {line["case"] for line in lines}
     rungs = tuple(options.rungs.split(","))

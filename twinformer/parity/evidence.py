@@ -37,7 +37,7 @@ class Evidence:
         self.progress = progress
         self._runs: dict[tuple[Any, ...], Run] = {}
         self._power: Power | None = None
-        self._noise: dict[bool, list[dict[str, float]]] = {}
+        self._noise: dict[bool, list[list[dict[str, float]]]] = {}
 
     def runs(
         self,
@@ -57,20 +57,23 @@ class Evidence:
         first, second = (self._run(twin, dtype, kept, gradients, precision, variant, draw) for twin in self.twins)
         return first, second
 
-    def noise(self, *, gradients: bool = False) -> list[dict[str, float]]:
+    def noise(self, *, gradients: bool = False, draws: int = 1) -> list[dict[str, float]]:
         """How far each twin is, in float64, from itself in another order, by the names of ``tensors_of``.
 
         With dropout the order stays, for other positions would be dropped: then the weights alone are moved, by a
-        rounding. Kept are the largest differences, infinite where non-finite values move; the tensors are large.
+        rounding. Kept are the largest differences, infinite where non-finite values move; the tensors are large. Of
+        several ``draws`` the largest counts.
         """
         gradients = gradients or self._with_gradients
-        if gradients not in self._noise:
-            self._noise[gradients] = [self._moved_by_order(twin, gradients) for twin in self.twins]
-        return self._noise[gradients]
+        kept = self._noise.setdefault(gradients, [])
+        for draw in range(len(kept), draws):
+            kept.append([self._moved_by_order(twin, gradients, draw) for twin in self.twins])
+        by_twin = zip(*kept[:draws], strict=True)
+        return [{name: max(floor[name] for floor in floors) for name in floors[0]} for floors in by_twin]
 
-    def _moved_by_order(self, twin: Twin, gradients: bool) -> dict[str, float]:
+    def _moved_by_order(self, twin: Twin, gradients: bool, draw: int) -> dict[str, float]:
         before = tensors_of(self._run(twin, "float64", "float64", gradients, "highest"))
-        after = tensors_of(self._run(twin, "float64", "float64", gradients, "highest", "reordered"))
+        after = tensors_of(self._run(twin, "float64", "float64", gradients, "highest", "reordered", draw))
         return {name: largest_difference(after[name], tensor) for name, tensor in before.items() if name in after}
 
     def truth(self, weights_in: DType, *, variant: Variant = "plain", draw: int = 0) -> Run:
@@ -125,9 +128,9 @@ class Evidence:
             case = neighbour(case, draw)
         case = case.in_dtype(dtype) if dtype in (weights_in, "float64") else computing_in(case, dtype)
         if variant == "reordered" and "rng" in case.inputs:
-            run = twin.run(nudged(case), gradients=gradients, precision=precision, detail=detail)
+            run = twin.run(nudged(case, draw), gradients=gradients, precision=precision, detail=detail)
         elif variant == "reordered":
-            other = reordered(case, last_place=dtype == "float64")
+            other = reordered(case, 1 + draw, last_place=dtype == "float64")
             run = other.restore(twin.run(other.case, gradients=gradients, precision=precision, detail=detail))
         else:
             run = twin.run(case, gradients=gradients, precision=precision, detail=detail)

@@ -46,9 +46,9 @@ def neighbour(case: Case, draw: int) -> Case:
     return dataclasses.replace(case, tensors={path: moved(path, tensor) for path, tensor in case.tensors.items()})
 
 
-def nudged(case: Case) -> Case:
+def nudged(case: Case, draw: int = 0) -> Case:
     """The case with every weight moved by one rounding: for a case with a dropout key, whose order has to stay."""
-    tensors = {path: _nudged(tensor, stream(0, f"nudged/{path}")) for path, tensor in case.tensors.items()}
+    tensors = {path: _nudged(tensor, stream(draw, f"nudged/{path}")) for path, tensor in case.tensors.items()}
     return dataclasses.replace(case, tensors=tensors)
 
 

@@ -63,17 +63,28 @@ def compared(evidence: Evidence, called: Mapping[str, Case]) -> Rung:
             for path, one in ours.gradients.items()
             if path in theirs.gradients
         ]
+        other = Evidence(call, evidence.twins, with_gradients=True, progress=evidence.progress)
+        least = np.finfo(np.float64).eps * flowing_through({}, call.cotangent)
+        found = forward.with_noise_where_failing(other, found, _tensor)
+        pulled = forward.with_noise_where_failing(other, pulled, _tensor, least=least)
         comparisons += [*found, *pulled]
-        if not all(one.agrees for one in (*found, *pulled)):
-            is_backward = all(one.agrees for one in found)
-            rung = rung_of(what, [*found, *pulled])
-            other = Evidence(call, evidence.twins, with_gradients=True, progress=evidence.progress)
+        rung = rung_of(what, [*found, *pulled])
+        if rung.verdict == "differ":
+            is_backward = all(one.agrees or one.within_noise for one in found)
             forward.blame(rung, other, backward=is_backward, bound=gradients.BOUND if is_backward else forward.BOUND)
             culprits += rung.culprits
     rung = rung_of(f"{', '.join(called)}: {len(comparisons)} tensors", comparisons, problems)
     rung.culprits = list(dict.fromkeys(culprits))
     rung.notes += notes
     return rung
+
+
+def _tensor(comparison: Comparison) -> str:
+    """What it is of, by the names of ``tensors_of``."""
+    name = forward.module_of(comparison)
+    if name.startswith("gradient of "):
+        return f"gradient {name.removeprefix('gradient of ')}"
+    return "output" if name == "output" else f"module {name}"
 
 
 def _float_mask(evidence: Evidence, case: Case) -> list[Comparison]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison, compare, relative_to, set_problems
@@ -15,6 +15,9 @@ from twinformer.parity.verdict import Rung, rung_of
 
 # float64 rounds at 1.1e-16; sums of a few thousand terms through a few dozen layers stay below 1e-12
 BOUND = 1e-12
+# A floor is one draw of a random quantity: where a difference is beyond it, but by no more than this many times, more
+# are made. Further away no draw will bring it.
+_BEYOND, DRAWS = 100.0, 5
 
 
 def check(evidence: Evidence) -> Rung:
@@ -30,6 +33,7 @@ def check(evidence: Evidence) -> Rung:
     ]
     output = compare("output", torch_run.output, flax_run.output, bound=BOUND)
     comparisons.append(with_noise(output, noise, "output"))
+    comparisons = with_noise_where_failing(evidence, comparisons, tensor_of, gradients=False)
     rung = rung_of(f"{len(comparisons)} outputs", comparisons, problems)
     if rung.verdict == "differ":
         blame(rung, evidence, backward=False, bound=BOUND)
@@ -58,14 +62,38 @@ def with_noise(
     return dataclasses.replace(comparison, noise=max(floor, least / comparison.scale if comparison.scale else 0.0))
 
 
+def tensor_of(comparison: Comparison) -> str:
+    """What a comparison of this rung is of, by the names of ``power.tensors_of``."""
+    return "output" if comparison.name == "output" else f"module {comparison.name}"
+
+
+def with_noise_where_failing(
+    evidence: Evidence,
+    comparisons: list[Comparison],
+    tensor: Callable[[Comparison], str],
+    *,
+    least: float = 0.0,
+    gradients: bool = True,
+) -> list[Comparison]:
+    """The comparisons, those that fail with their noise floor, for which more than one draw is made if that may help.
+
+    ``tensor`` is the name of what a comparison is of, ``least`` as for ``with_noise``.
+    """
+    if all(one.agrees for one in comparisons):
+        return comparisons
+    for draws in (1, DRAWS):
+        noise = evidence.noise(gradients=gradients, draws=draws)
+        told = [one if one.agrees else with_noise(one, noise, tensor(one), least=least) for one in comparisons]
+        doubtful = [one for one in told if not (one.agrees or one.within_noise)]
+        if not doubtful or any(one.problem or one.relative > _BEYOND * (one.noise or 0.0) for one in doubtful):
+            break
+    return told
+
+
 def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
     """Measure what each comparison would have noticed; one that would not notice a changed weight cannot tell."""
     power = evidence.power(BOUND)
-    rung.comparisons = [
-        power.noticed(one, "output" if one.name == "output" else f"module {one.name}")
-        for one in rung.comparisons
-        if isinstance(one, Comparison)
-    ]
+    rung.comparisons = [power.noticed(one, tensor_of(one)) for one in rung.comparisons if isinstance(one, Comparison)]
     compared = [one for one in rung.comparisons if isinstance(one, Comparison)]
     problems = [vacuous(one) for one in compared if is_vacuous(one)]
     still = [one.name for one in compared if is_still(one) and one.name != "output"]

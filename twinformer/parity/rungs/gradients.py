@@ -17,7 +17,7 @@ from twinformer.parity.evidence import Evidence
 from twinformer.parity.kinks import settled
 from twinformer.parity.power import is_still, is_vacuous, vacuous
 from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
-from twinformer.parity.rungs.forward import blame, with_noise
+from twinformer.parity.rungs.forward import blame, with_noise, with_noise_where_failing
 from twinformer.parity.verdict import Rung, rung_of
 
 # one order above the forward bound: a gradient sums over all positions of the batch
@@ -66,6 +66,8 @@ def check(evidence: Evidence) -> Rung:
         for path, gradient in torch_run.gradients.items()
         if path in flax_run.gradients
     ]
+    parameters = with_noise_where_failing(evidence, parameters, tensor_of, least=rounding)
+    outputs = with_noise_where_failing(evidence, outputs, tensor_of, least=rounding)
     rung = rung_of(f"{len(parameters)} parameters, {len(outputs)} outputs", [*parameters, *outputs], problems)
     if rung.verdict == "differ":
         blame(rung, evidence, backward=True, bound=BOUND)
@@ -85,6 +87,12 @@ def check(evidence: Evidence) -> Rung:
     return rung
 
 
+def tensor_of(comparison: Comparison) -> str:
+    """What a comparison of this rung is of, by the names of ``tensors_of``."""
+    is_output = comparison.name.startswith("output of ")
+    return f"gradient {'of ' if is_output else ''}{comparison.name}"
+
+
 def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
     """Measure what each comparison would have noticed.
 
@@ -92,11 +100,7 @@ def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
     part (a head's bias). They are named; of all others a changed weight must be seen.
     """
     power = evidence.power(FORWARD_BOUND)
-    rung.comparisons = [
-        power.noticed(one, f"gradient {'of ' if one.name.startswith('output of ') else ''}{one.name}")
-        for one in rung.comparisons
-        if isinstance(one, Comparison)
-    ]
+    rung.comparisons = [power.noticed(one, tensor_of(one)) for one in rung.comparisons if isinstance(one, Comparison)]
     compared = [one for one in rung.comparisons if isinstance(one, Comparison)]
     still = [one.name for one in compared if is_still(one)]
     if still:
