@@ -180,6 +180,9 @@ _MAKERS: dict[str, Callable[[str], Case]] = {
     "square": _plain(_DECODER, key_dim=4, value_dim=4, num_kv_heads=6, hidden_dim=24),
     "untied": _plain(_DECODER, head="untied"),
     "dropout": _plain(_DECODER | _DROPOUT, num_layers=1),
+    "loop": _plain(
+        _LLAMA, num_layers=4, window=4, window_layers=(0, 2), hidden_dropout=0.3, remat=True, scan_layers=True
+    ),
     "dropout-layers": _plain(_LLAMA, hidden_dropout=0.3),
     # one layer: what is asked of a training step, and of what is written, needs no more
     "train-decoder": _plain(_DECODER, num_layers=1),

@@ -187,3 +187,35 @@ def wider_bias_promotes(patch: Patch) -> None:
         return changed
 
     patch.method("linear", "Linear", wrong)
+
+
+# ---- and a fourth one
+
+
+@mutant("T210", case="decoder", culprits=("embedding", "the model itself"), rungs=("calls",))
+def padding_has_a_place_in_its_run(patch: Patch) -> None:
+    """Of a row of documents: padding stands at position 0, not where it is in the run of padding."""
+
+    def wrong(segment_positions: Any) -> Any:
+        return lambda segments: segment_positions(segments + 1)
+
+    patch.function("masks", "segment_positions", wrong)
+
+
+@mutant("T211", case="decoder", culprits="export_weights", rungs=("parameters",), twins=("torch_impl",))
+def what_was_written_goes_on_changing(patch: Patch) -> None:
+    """Arrays that share their memory with the parameters."""
+    patch.function("weights", "_array", lambda array: lambda tensor: tensor.detach().numpy())
+
+
+@mutant("T212", case="loop", culprits="flax_impl, scan of remat", rungs=("stochastic",), twins=("flax_impl",))
+def keys_of_a_pattern_in_another_order(patch: Patch) -> None:
+    """In a loop over turns of two blocks the keys go by place in the turn first."""
+
+    def wrong(scanned: Any) -> Any:
+        def changed(run: Any, blocks: Any, keys: Any, *args: Any) -> Any:
+            return scanned(run, blocks, [*keys[0::2], *keys[1::2]], *args)
+
+        return changed
+
+    patch.function("stack", "_scanned", wrong)

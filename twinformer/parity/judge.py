@@ -14,7 +14,7 @@ from twinformer.parity.abreast import apart, beside, is_small
 from twinformer.parity.case import Case
 from twinformer.parity.evidence import Evidence, Progress
 from twinformer.parity.report import Report
-from twinformer.parity.rungs import BY_DEFAULT, LADDER
+from twinformer.parity.rungs import BY_DEFAULT, LADDER, rounding
 from twinformer.parity.twins import Twin
 from twinformer.parity.verdict import Rung
 
@@ -86,9 +86,19 @@ def _climb(evidence: Evidence, report: Report, names: Sequence[str]) -> None:
         evidence.progress(f"rung {step.number}: {step.name}")
         began = time.perf_counter()
         report.rungs[step.name] = _no_truth(report, step.name) or step.check(evidence)
+        if step.name == "precision" and _differs(report.rungs[step.name]):
+            _ask_modules(evidence, report.rungs[step.name])
         report.rungs[step.name].seconds = time.perf_counter() - began
         if step.name == "parameters" and _different_models(report.rungs[step.name]):
             return
+
+
+def _ask_modules(evidence: Evidence, precision: Rung) -> None:
+    """Whole runs say that something is less precise; the modules by themselves, which."""
+    modules = rounding.check(evidence)
+    if _differs(modules):
+        precision.culprits = modules.culprits
+        precision.notes += [f"by themselves (rung rounding): {problem}" for problem in modules.problems[:3]]
 
 
 def _no_truth(report: Report, name: str) -> Rung | None:
@@ -140,14 +150,26 @@ def _differs(rung: Rung) -> bool:
 
 
 def _where_else(report: Report) -> None:
-    """Where a training run differs and what it is made of does not, the step itself is the place."""
-    below = [name for name in ("forward", "gradients", "stochastic", "optimizer") if name in report.rungs]
-    if _differs(report.rungs["training"]) and {"forward", "gradients"} <= set(below):
-        agreeing = all(report.rungs[name].verdict == "agree" for name in below)
-        if agreeing:
-            report.rungs["training"].notes.append(
-                f"{', '.join(below)} agree: the step itself (keys, sums, division, schedule, clipping) is the place"
-            )
+    """Where a training run differs and what it is made of does not, the step itself is the place.
+
+    Where what it is made of differs, so does the run, and the one by hand, which is put together from it.
+    """
+    training = report.rungs["training"]
+    made_of = ("parameters", "forward", "calls", "gradients", "stochastic", "optimizer")
+    below = [name for name in made_of if name in report.rungs]
+    wrong = [name for name in below if _differs(report.rungs[name])]
+    if not _differs(training):
+        return
+    if wrong:
+        training.notes.append(
+            f"{', '.join(wrong)} differ already: follow the culprits there (the run by hand is made of what the first "
+            "twin computes, so that either twin may be named here for a fault of the other)"
+        )
+    elif {"forward", "gradients"} <= set(below) and all(report.rungs[name].verdict == "agree" for name in below):
+        training.notes.append(
+            f"{', '.join(below)} agree: the step itself is the place (keys, the loss and its gradient, sums, division, "
+            "schedule, clipping, or what it hands out of its state)"
+        )
 
 
 def _different_models(parameters: Rung) -> bool:

@@ -171,6 +171,9 @@ class Remembered:
     def exported(self, case: Case) -> Any:
         return self._once(("exported", *_key(case)), lambda: self._twin.exported(case))
 
+    def kept(self, case: Case) -> Any:
+        return self._once(("kept", *_key(case)), lambda: self._twin.kept(case))
+
     def run(
         self, case: Case, *, gradients: bool = False, precision: Precision = "highest", detail: Detail = "modules"
     ) -> Run:

@@ -101,6 +101,9 @@ class Twin(Protocol):
     def exported(self, case: Case) -> dict[str, npt.NDArray[Any]]:
         """The leaves as the twin's bridge writes them."""
 
+    def kept(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        """What the bridge wrote, once the model that it wrote has taken other weights."""
+
     def run(
         self, case: Case, *, gradients: bool = False, precision: Precision = "highest", detail: Detail = "modules"
     ) -> Run:
@@ -191,6 +194,9 @@ class TorchTwin:
 
     def exported(self, case: Case) -> dict[str, npt.NDArray[Any]]:
         return torch_impl.export_weights(self._model(case))
+
+    def kept(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        return _kept(torch_impl, self._model(case), case)
 
     def run(
         self, case: Case, *, gradients: bool = False, precision: Precision = "highest", detail: Detail = "modules"
@@ -380,6 +386,10 @@ class FlaxTwin:
             exported: dict[str, npt.NDArray[Any]] = flax_impl.export_weights(self._model(case))
             return exported
 
+    def kept(self, case: Case) -> dict[str, npt.NDArray[Any]]:
+        with _x64(case):
+            return _kept(flax_impl, self._model(case), case)
+
     def run(
         self, case: Case, *, gradients: bool = False, precision: Precision = "highest", detail: Detail = "modules"
     ) -> Run:
@@ -553,6 +563,12 @@ def _refusal(twin: Any, case: Case, tensors: Mapping[str, npt.NDArray[Any]]) -> 
     except WeightsError as refused:
         return str(refused)
     return ""
+
+
+def _kept(twin: Any, model: Any, case: Case) -> dict[str, npt.NDArray[Any]]:
+    written: dict[str, npt.NDArray[Any]] = twin.export_weights(model)
+    twin.load_weights(model, {path: tensor + 1 for path, tensor in case.tensors.items()}, finite=case.finite)
+    return written
 
 
 def _config(case: Case, as_configured: bool) -> ModelConfig:

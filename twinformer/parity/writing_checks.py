@@ -98,9 +98,7 @@ def rescored(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[lis
             for what, place, wanted in (("tokens", 0, text.tokens), ("live rows", 1, _live(text))):
                 got = np.stack([step[place] for step in steps], 1)
                 if not np.array_equal(got, wanted):
-                    problems.append(
-                        f"stream ({one.name}): {what}: expected {wanted.tolist()}, got {got.tolist()}",
-                    )
+                    problems.append(f"stream ({one.name}): {what}: {_first_other(got, wanted)}")
         scored = twin.once(
             f"score {asked[0].stop}",
             case,
@@ -108,6 +106,16 @@ def rescored(twin: Twin, judge: Twin, case: Case, writing: Writing) -> tuple[lis
         )
     comparisons = [compared(f"score ({asked[0].name}, {twin.name})", scored, expected)]
     return comparisons, {"Generator.stream": problems} if problems else {}
+
+
+def _first_other(got: Array, wanted: Array) -> str:
+    """Where a stream is not what the text has, with what stands there."""
+    if got.shape != wanted.shape:
+        return f"expected shape {wanted.shape}, got {got.shape}"
+    places = np.argwhere(got != wanted)
+    row, step = map(int, places[0])
+    expected, found = wanted[row, step].item(), got[row, step].item()
+    return f"expected {expected}, got {found} in row {row}, step {step}, the first of {len(places)} places"
 
 
 def _told(text: Generated) -> Flags:

@@ -23,6 +23,8 @@ from twinformer.parity.verdict import Rung, rung_of
 
 # tokens of each call: defaults do not depend on length, and every call is compiled anew
 _LENGTH = 24
+# at most so many in a row
+_DOCUMENTS = 3
 _TOKENS = ("tokens", "source", "target")
 
 
@@ -137,14 +139,17 @@ def calls(case: Case) -> dict[str, Case]:
 def _documents(rows: int, length: int) -> npt.NDArray[np.int64]:
     """``[rows, length]``: three documents in the first row, two in the next, and so on; then padding, or none.
 
-    Numbers fall and rise from one document to the next: they are names. The first document of a row has a hole.
+    Numbers fall and rise from one document to the next: they are names. The first document of a row has a hole. The
+    last row has two documents, with as much padding after each.
     """
     found = np.zeros((rows, length), np.int64)
     for row in range(rows):
-        count = max(1, 3 - row)
+        count = max(1, _DOCUMENTS - row)
         ends = np.linspace(0, length - row % 2, count + 1).astype(int)
         for number, begin, end in zip((5, 2, 9), ends[:-1], ends[1:], strict=False):
             found[row, begin:end] = number
         if row % 2 == 0 and length > 4:
             found[row, 2] = 0
+    if rows > 1 and length >= 8:  # padding of several places, between documents and after them
+        found[-1] = np.repeat([5, 0, 2, 0], np.diff(np.linspace(0, length, 5).astype(int)))
     return found

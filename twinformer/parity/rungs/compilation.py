@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from twinformer.decoding import Generated
-from twinformer.parity.compare import Comparison, compare, set_problems, sibling_scales
+from twinformer.parity.compare import Comparison, compare
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.modes import (
     MODES,
@@ -28,10 +28,8 @@ from twinformer.parity.modes import (
     write_compiled,
 )
 from twinformer.parity.rungs import decoding, sampling, training
-from twinformer.parity.rungs.forward import BOUND as FORWARD_BOUND
-from twinformer.parity.rungs.gradients import BOUND as GRADIENT_BOUND
+from twinformer.parity.rungs.itself import against_itself, mode_of
 from twinformer.parity.rungs.stochastic import with_dropout
-from twinformer.parity.twins import Run
 from twinformer.parity.verdict import Rung, rung_of
 from twinformer.parity.writing_checks import compared
 
@@ -84,7 +82,7 @@ def check(evidence: Evidence) -> Rung:
         comparisons += _written(evidence)
     rung = rung_of(f"{modes} modes, {len(comparisons)} tensors", comparisons, problems)
     if rung.verdict == "differ":  # which way of running it, of which twin
-        rung.culprits = list(dict.fromkeys(_mode(one.name) for one in comparisons if not one.agrees))
+        rung.culprits = list(dict.fromkeys(mode_of(one.name) for one in comparisons if not one.agrees))
     if reasons and rung.verdict == "agree":
         rung.verdict, rung.problems = "cannot tell", reasons
     else:
@@ -139,24 +137,3 @@ def _written(evidence: Evidence) -> list[Comparison]:
     logprobs = pairs.pop("logprobs")
     exact = [compare(f"{name} ({COMPILED_GENERATOR})", *pair, bound=0.0) for name, pair in pairs.items()]
     return [*exact, compared(f"logprobs ({COMPILED_GENERATOR})", *logprobs)]
-
-
-def against_itself(label: str, run: Run, usual: Run, sides: tuple[str, str]) -> tuple[list[Comparison], list[str]]:
-    """Another run of the same twin: its output and every parameter's gradient; and gradients on one side only."""
-    problems = [
-        f"{label}: {problem}"
-        for problem in set_problems("gradient of parameter", run.gradients, usual.gradients, sides)
-    ]
-    scales = sibling_scales(usual.gradients)
-    comparisons = [compare(f"output ({label})", run.output, usual.output, bound=FORWARD_BOUND)]
-    comparisons += [
-        compare(f"{path} ({label})", run.gradients[path], gradient, bound=GRADIENT_BOUND, scale=scales[path])
-        for path, gradient in usual.gradients.items()
-        if path in run.gradients
-    ]
-    return comparisons, problems
-
-
-def _mode(name: str) -> str:
-    """Of a comparison called ``tensor (twin, mode)``."""
-    return name.rpartition(" (")[2].rstrip(")")

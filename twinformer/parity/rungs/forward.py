@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison, compare, relative_to, set_problems
 from twinformer.parity.culprit import culprits
@@ -99,7 +101,8 @@ def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
     still = [one.name for one in compared if is_still(one) and one.name != "output"]
     if still:
         rung.notes.append(f"moved by no weight that was changed: {', '.join(still)}")
-    mute = [path for path, smallest in power.parameters.items() if not smallest <= CHANGE]
+    zero = [path for path in power.parameters if not np.any(evidence.case.tensors[path])]
+    mute = [path for path, smallest in power.parameters.items() if not smallest <= CHANGE and path not in zero]
     seen = [smallest for smallest in power.parameters.values() if smallest <= CHANGE]
     if seen:
         rung.notes.append(
@@ -107,6 +110,8 @@ def _look_for_vacuous(rung: Rung, evidence: Evidence) -> None:
         )
     if mute:
         rung.notes.append(f"no change of a weight was seen on these inputs: {', '.join(mute)}")
+    if zero:
+        rung.notes.append(f"0 everywhere, so that no change relative to itself was tried: {', '.join(zero)}")
     if problems:
         rung.verdict = "cannot tell"
         rung.problems = problems

@@ -11,12 +11,15 @@ from twinformer.parity.evidence import Evidence
 from twinformer.parity.twins import in_pytorch_layout
 from twinformer.parity.verdict import Rung, rung_of
 
+_KEPT = "wrote it, once the model has other weights"
+
 
 def check(evidence: Evidence) -> Rung:
     """Compare sets, then values, with the tensors that went in.
 
     Layout is proved by values: each framework's own leaf, read by the judge's own rule and not by the twin's bridge,
-    must hold the tensor element by element, so a square matrix left untransposed is found. A matrix that equals its
+    must hold the tensor element by element, so a square matrix left untransposed is found. What was written is a copy:
+    it stays as it is when the model takes other weights. A matrix that equals its
     own transpose cannot prove its layout: the rung then cannot tell, and says for which. The culprits are the modules
     that own the leaves which are wrong.
     """
@@ -25,23 +28,29 @@ def check(evidence: Evidence) -> Rung:
     problems = set_problems("parameter", case.tensors, wanted, ("the weights given", "the contract"))
     comparisons: list[Comparison] = []
     wrong: list[str] = []
+    shared = False
     for twin in evidence.twins:
         native = in_pytorch_layout(twin.leaves(case))
         exported = twin.exported(case)
-        for what, leaves in (("holds", native), ("writes back", exported)):
+        for what, leaves in (
+            ("holds it", native),
+            ("writes it back", exported),
+            (_KEPT, twin.kept(case)),
+        ):
             problems += set_problems("parameter", leaves, wanted, (twin.name, "the contract"))
             found = {
-                path: compare(f"{path} as {twin.name} {what} it", leaves[path], case.tensors[path], bound=0.0)
+                path: compare(f"{path} as {twin.name} {what}", leaves[path], case.tensors[path], bound=0.0)
                 for path in wanted
                 if path in leaves and path in case.tensors
             }
             comparisons += found.values()
-            wrong += [path for path, comparison in found.items() if not comparison.agrees]
-            wrong += set(leaves) ^ set(wanted)
+            lost = [path for path, comparison in found.items() if not comparison.agrees]
+            shared |= what == _KEPT and bool(lost) and not wrong
+            wrong += [*lost, *(set(leaves) ^ set(wanted))]
     checked = f"{len(wanted)} leaves, {sum(int(np.prod(p.shape)) for p in wanted.values()):,} parameters"
     refusals = _unrefused(evidence, case) if not problems else []
     rung = rung_of(checked, comparisons, problems + refusals)
-    rung.culprits = _owners(wrong) or ["load_weights"] * bool(refusals)
+    rung.culprits = ["export_weights"] if shared else _owners(wrong) or ["load_weights"] * bool(refusals)
     mute = (
         [
             path

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.rungs.compilation import against_itself
+from twinformer.parity.rungs.itself import against_itself
 from twinformer.parity.rungs.stochastic import with_dropout
 from twinformer.parity.sharded import RANKS, Arrays, parts
 from twinformer.parity.twins import Run

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -28,8 +30,10 @@ from twinformer.parity.compare import (
 )
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.kinks import settled
+from twinformer.parity.modes import Mode, run_in_mode
 from twinformer.parity.rungs import forward, gradients
-from twinformer.parity.twins import Twin
+from twinformer.parity.rungs.itself import against_itself, mode_of
+from twinformer.parity.twins import Run, Twin
 from twinformer.parity.verdict import Rung, rung_of
 
 # the key that both twins are given: two 32-bit words
@@ -68,22 +72,41 @@ def check(evidence: Evidence) -> Rung:
     least = np.finfo(np.float64).eps * flowing
     outputs = forward.with_noise_where_failing(noisy, outputs, forward.tensor_of)
     pulled = forward.with_noise_where_failing(noisy, pulled, gradients.tensor_of, least=least)
+    itself, more = _as_configured(noisy, (torch_run, flax_run))
+    problems += more
     config = noisy.case.config
     rates = sorted({config.dropout, config.attention_dropout, config.hidden_dropout} - {0.0})
     counts = [found for twin in evidence.twins for rate in rates for found in _counts(twin, rate)]
     counts.append(_long_mask(evidence.twins))
     checked = f"{len(outputs)} outputs, {len(pulled)} gradients, {len(counts)} counts"
-    rung = rung_of(checked, [*outputs, *pulled, *counts], problems)
+    rung = rung_of(checked, [*outputs, *pulled, *itself, *counts], problems)
     if rung.verdict == "differ":
         if problems or not all(found.agrees or found.within_noise for found in outputs):
             forward.blame(rung, noisy, backward=False, bound=forward.BOUND)
         elif not all(found.agrees or found.within_noise for found in pulled):
             forward.blame(rung, noisy, backward=True, bound=gradients.BOUND)
         else:
-            rung.culprits = ["dropout"]
+            rung.culprits = list(dict.fromkeys(mode_of(one.name) for one in itself if not one.agrees)) or ["dropout"]
     if tied:
         rung.notes.append(f"gradients left out, for tokens tie under max pooling: rows {tied}")
     return rung
+
+
+def _as_configured(noisy: Evidence, usual: tuple[Run, Run]) -> tuple[list[Comparison], list[str]]:
+    """Where the configuration asks for remat or a loop over blocks, which nobody can watch: against the usual run."""
+    config = noisy.case.config
+    remat = "remat" if config.remat else None
+    of_flax = " of ".join(["scan"] * config.scan_layers + ["remat"] * config.remat) or None
+    comparisons: list[Comparison] = []
+    problems: list[str] = []
+    for twin, run, mode in zip(noisy.twins, usual, (remat, of_flax), strict=True):
+        if mode is None:
+            continue
+        case = noisy.case.in_dtype("float64")
+        found = twin.once(mode, case, partial(run_in_mode, twin, case, cast(Mode, mode)))
+        more, wrong = against_itself(f"{twin.name}, {mode}", found, run, (mode, "usual"))
+        comparisons, problems = comparisons + more, problems + wrong
+    return comparisons, problems
 
 
 def _gradients(
