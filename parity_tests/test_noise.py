@@ -180,6 +180,14 @@ def test_more_draws_where_one_leaves_a_doubt():
     assert not found.within_noise
 
 
+def test_no_floor_is_measured_for_what_none_explains():
+    for by in (1.1e-3, np.nan):
+        found, asked = told(failing(by), (1.0, 1.0))
+        assert asked == []
+        assert not found.within_noise
+    assert told(failing(0.9e-3), (1.0, 1.0))[0].within_noise
+
+
 def test_an_absolute_least_counts_as_in_one_draw():
     found, asked = told(failing(2e-11), (1e-13, 1e-13), least=3e-12)
     assert found.within_noise

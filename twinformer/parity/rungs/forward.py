@@ -20,6 +20,8 @@ BOUND = 1e-12
 # A floor is one draw of a random quantity: where a difference is beyond it, but by no more than this many times, more
 # are made. Further away no draw will bring it.
 _BEYOND, DRAWS = 100.0, 5
+# and what no noise explains is not held against one
+HOPELESS = 1e-3
 
 
 def check(evidence: Evidence) -> Rung:
@@ -81,7 +83,7 @@ def with_noise_where_failing(
 
     ``tensor`` is the name of what a comparison is of, ``least`` as for ``with_noise``.
     """
-    if all(one.agrees for one in comparisons):
+    if all(one.agrees for one in comparisons) or any(one.problem or one.relative > HOPELESS for one in comparisons):
         return comparisons
     for draws in (1, DRAWS):
         noise = evidence.noise(gradients=gradients, draws=draws)

@@ -33,6 +33,8 @@ LAID_DOWN = frozenset(
 UNEQUAL = 0.05
 # by how much of themselves inputs and weights are moved where a ratio may be luck
 _MOVES = {"float32": 2.0**-12, "bfloat16": 2.0**-6, "float16": 2.0**-8}
+# so many times its bound a ratio is no luck
+_BEYOND_LUCK = 100.0
 # those that only put others together: rung 3 looks at them, for norms within them make much of little errors by chance
 COMPOSED = frozenset({"Block", "EncoderDecoder", "EncoderModel", "LanguageModel", "TransformerStack"})
 
@@ -95,7 +97,7 @@ def _pair(evidence: Evidence, case: Case, call: Call, label: str, draws: list[li
             rms_bound=RMS_RATIO,
             again=draws[1:],
         )
-        if pair.agrees or pair.problem or len(draws) > NEIGHBOURS:
+        if pair.agrees or pair.severity > _BEYOND_LUCK or len(draws) > NEIGHBOURS:
             return pair
         near, moved = _nearby(case, call, len(draws))
         (right,) = evidence.twins[0].replay(near.in_dtype("float64"), [_widened(moved)], gradients=False)
