@@ -48,7 +48,7 @@ class Prepared:
     def __init__(self, one: Run, other: Run, replays: dict[str, tuple[Replay, Replay]] | None = None) -> None:
         self._runs = one, other
         self._replays = replays or {path: (replay(path), replay(path)) for path in MODULES}
-        config = SimpleNamespace(window=None)
+        config = SimpleNamespace(window=None, pool="none")
         self.case = SimpleNamespace(
             in_dtype=lambda dtype: self.case, tensors={}, config=config, cotangent=np.zeros((1, 1, 1))
         )

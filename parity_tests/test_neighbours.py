@@ -18,7 +18,7 @@ class Prepared:
     def __init__(self, monkeypatch, errors):
         self.asked = []
 
-        def draw(evidence, dtype, setting, number):
+        def draw(evidence, dtype, parameters, setting, number):
             self.asked.append(number)
             return {"output": np.ones(3)}, self.found(errors[number]), {}
 
@@ -45,7 +45,7 @@ class Prepared:
 )
 def test_neighbours_are_asked_while_there_is_a_doubt(errors, asked, agrees, monkeypatch):
     prepared = Prepared(monkeypatch, errors)
-    pairs, problems, neighbours = precision._pairs(prepared, "float32", "default")
+    pairs, problems, neighbours = precision._pairs(prepared, "float32", "float32", "default")
     assert prepared.asked == asked
     assert neighbours == len(asked) - 1
     assert [pair.agrees for pair in pairs] == [agrees]
@@ -56,11 +56,11 @@ def test_a_tensor_that_a_neighbour_lacks_is_a_problem(monkeypatch):
     prepared = Prepared(monkeypatch, [1e-3, 1e-6, 1e-6, 1e-6])
     whole = precision._draw
 
-    def torn(evidence, dtype, setting, number):
-        truth, found, scales = whole(evidence, dtype, setting, number)
+    def torn(evidence, dtype, parameters, setting, number):
+        truth, found, scales = whole(evidence, dtype, parameters, setting, number)
         return truth, [found[0], {}] if number == 1 else found, scales
 
     monkeypatch.setattr(precision, "_draw", torn)
-    pairs, problems, _ = precision._pairs(prepared, "float32", "default")
+    pairs, problems, _ = precision._pairs(prepared, "float32", "float32", "default")
     assert pairs == []
     assert problems == ["float32, default: tensor only in the truth: output"]
