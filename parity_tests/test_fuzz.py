@@ -1,5 +1,7 @@
 """The run over random configurations: what it writes down, and when it is no success."""
 
+import os
+
 import pytest
 
 import twinformer.parity
@@ -37,3 +39,15 @@ def test_success(verdict, code, capsys):
 def test_nothing_judged_is_no_success(capsys):
     assert fuzz.summarize([]) == 1
     assert "0 configurations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rungs", "flags"), [("parameters,forward", None), ("forward,precision", ""), ("rounding", "")]
+)
+def test_low_precision_is_compiled_as_users_have_it(rungs, flags, monkeypatch, tmp_path):
+    """Programs made with little care round more: the flags for them are not set where it matters."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(fuzz, "run_all", lambda judge, todo, jobs: iter([_line("agree")]))
+    monkeypatch.setattr("sys.argv", ["fuzz", "--cases", "1", "--rungs", rungs, "--out", str(tmp_path / "found.jsonl")])
+    assert fuzz.main() == 0
+    assert os.environ.pop("XLA_FLAGS", None) == flags
