@@ -1,5 +1,6 @@
 """Attention: every position looks at others and takes a weighted sum of what it finds."""
 
+import functools
 import math
 from typing import Any
 
@@ -160,17 +161,15 @@ class AttentionLayer(nnx.Module):
         problems.expect(window is None or window >= 1, f"window: expected at least 1 or None, got {window}")
         problems.raise_if_any()
 
-        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
-            return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
-
         self.model_dim, self.num_heads, self.num_kv_heads = D, A, G
         self.scale = 1 / math.sqrt(key_dim) if scale is None else scale
         self.softcap, self.causal, self.window = softcap, causal, window
         self.compute_dtype = compute_dtype
-        self.query = linear(D, A * K, qkv_bias)
-        self.key = linear(D, G * K, qkv_bias)
-        self.value = linear(D, G * J, qkv_bias)
-        self.output = linear(A * J, D, output_bias)
+        linear = functools.partial(Linear, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
+        self.query = linear(D, A * K, bias=qkv_bias)
+        self.key = linear(D, G * K, bias=qkv_bias)
+        self.value = linear(D, G * J, bias=qkv_bias)
+        self.output = linear(A * J, D, bias=output_bias)
         self.query_norm, self.key_norm, self.rotary = query_norm, key_norm, rotary
         self.dropout = Dropout(dropout)
         if seed is not None:

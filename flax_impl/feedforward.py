@@ -1,5 +1,6 @@
 """The feed-forward layer: the same two or three matrices at every position."""
 
+import functools
 import math
 
 import jax
@@ -60,9 +61,7 @@ class FeedForward(nnx.Module):
         check_choices("FeedForward", activation=(activation, Activation))
         check_dtypes("FeedForward", param_dtype=param_dtype, compute_dtype=compute_dtype)
 
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
-
+        linear = functools.partial(Linear, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
         self.model_dim, self.activation = model_dim, activation
         self.up = linear(model_dim, hidden_dim)
         self.gate = linear(model_dim, hidden_dim) if gated else None

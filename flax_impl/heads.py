@@ -1,5 +1,6 @@
 """Heads: what the last hidden states are turned into. Scores of tokens or of labels, or one vector of a sequence."""
 
+import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -39,9 +40,7 @@ class Head(nnx.Module):
         D, dtype = config.model_dim, config.param_dtype
         rows = config.num_labels if config.num_labels else config.vocab_size
 
-        def dense() -> Linear:
-            return Linear(D, D, param_dtype=dtype, compute_dtype=config.compute_dtype, seed=None)
-
+        dense = functools.partial(Linear, D, D, param_dtype=dtype, compute_dtype=config.compute_dtype, seed=None)
         self.transform = dense() if config.head_transform else None
         self.norm = make_norm(D, config) if config.head_transform else None
         self.pooler = None if config.pooler == "none" else dense()

@@ -56,6 +56,19 @@ FLAX = Twin("flax", "flax_impl")
 both = pytest.mark.parametrize("twin", [TORCH, FLAX], ids=["torch", "flax"])
 
 
+#: about the judge, about files of weights, about runs: what they call of the twins, tests of the twins call as well
+WITHOUT_SHAPE_HOOK = frozenset(
+    f"test_{name}"
+    for name in (
+        *("abreast", "adaptation", "bench", "cli", "generate_cli", "judge", "kinks", "long_run", "messages", "mirror"),
+        *("mutants", "noise", "opened", "original", "porting_example", "ports", "power", "pretrained_bert"),
+        *("pretrained_decoders", "pretrained_encoders", "pretrained_seq2seq", "pretrained_torch_nn"),
+        *("pretrained_writing", "pytest_plugin", "real_seq2seq", "real_weights", "rounding", "rung_decoding"),
+        *("rung_sampling", "rung_training", "rungs", "runs", "shipped", "stochastic", "sweep_decoding", "train_cli"),
+    )
+)
+
+
 @contextlib.contextmanager
 def shape_hook_off() -> Iterator[None]:
     """Within, jaxtyping checks nothing, so that a wrong call reaches the project's own checks."""

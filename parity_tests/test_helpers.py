@@ -1,5 +1,7 @@
 """The strict comparison refuses planted faults; the gradients and parameters it is fed are the right ones."""
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from parity_tests.helpers import (
     FLAX,
     TORCH,
+    WITHOUT_SHAPE_HOOK,
     assert_close,
     gradients,
     random_array,
@@ -104,6 +107,12 @@ def test_gradients_of_a_known_function(twin):
     assert_close(output, np.array([10.0, 42.0]))
     expected = {"a": np.array([5.0, 140.0]), "b": np.array([2.0, 60.0]), "unused": np.zeros(1)}
     assert_close(grads, expected)
+
+
+def test_files_without_the_shape_hook_are_there():
+    here = {file.stem for file in Path(__file__).parent.glob("test_*.py")}
+    assert here >= WITHOUT_SHAPE_HOOK
+    assert not {"test_attention", "test_models", "test_configurations", "test_cache"} & WITHOUT_SHAPE_HOOK
 
 
 def test_shape_hook_is_on_and_can_be_off():

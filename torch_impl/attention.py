@@ -1,5 +1,6 @@
 """Multi-head attention: the formula, and the layer around it."""
 
+import functools
 import math
 
 import torch
@@ -118,13 +119,11 @@ class AttentionLayer(nn.Module):
         self.dropout = Dropout(dropout)
         self.compute_dtype = DTYPES[compute_dtype]
 
-        def linear(in_dim: int, out_dim: int, bias: bool) -> Linear:
-            return Linear(in_dim, out_dim, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
-
-        self.query = linear(model_dim, num_heads * key_dim, qkv_bias)
-        self.key = linear(model_dim, num_kv_heads * key_dim, qkv_bias)
-        self.value = linear(model_dim, num_kv_heads * value_dim, qkv_bias)
-        self.output = linear(num_heads * value_dim, model_dim, output_bias)
+        linear = functools.partial(Linear, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
+        self.query = linear(model_dim, num_heads * key_dim, bias=qkv_bias)
+        self.key = linear(model_dim, num_kv_heads * key_dim, bias=qkv_bias)
+        self.value = linear(model_dim, num_kv_heads * value_dim, bias=qkv_bias)
+        self.output = linear(num_heads * value_dim, model_dim, bias=output_bias)
         self.query_norm = query_norm
         self.key_norm = key_norm
         self.rotary = rotary

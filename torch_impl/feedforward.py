@@ -1,5 +1,6 @@
 """The feed-forward layer: the same small network at every position."""
 
+import functools
 from typing import get_args
 
 import torch
@@ -60,9 +61,7 @@ class FeedForward(nn.Module):
         self.model_dim = model_dim
         self.activation: Activation = activation
 
-        def linear(in_dim: int, out_dim: int) -> Linear:
-            return Linear(in_dim, out_dim, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
-
+        linear = functools.partial(Linear, bias=bias, param_dtype=param_dtype, compute_dtype=compute_dtype, seed=None)
         self.up = linear(model_dim, hidden_dim)
         self.gate = linear(model_dim, hidden_dim) if gated else None
         self.down = linear(hidden_dim, model_dim)

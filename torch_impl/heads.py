@@ -1,5 +1,6 @@
 """What a model makes of its last hidden states: scores of tokens, labels, or one vector of a sequence."""
 
+import functools
 from typing import Literal
 
 import torch
@@ -34,9 +35,7 @@ class Head(nn.Module):
         self.config = config
         D, dtype = config.model_dim, config.param_dtype
 
-        def dense() -> Linear:
-            return Linear(D, D, param_dtype=dtype, compute_dtype=config.compute_dtype, seed=None)
-
+        dense = functools.partial(Linear, D, D, param_dtype=dtype, compute_dtype=config.compute_dtype, seed=None)
         self.transform = dense() if config.head_transform else None
         self.norm = make_norm(D, config) if config.head_transform else None
         self.pooler = dense() if config.pooler != "none" else None

@@ -116,27 +116,25 @@ class Optimizer:
     def _layout(self, parameters: Mapping[str, Tensor]) -> Layout:
         """What the state holds besides ``step``: name -> path -> shape and dtype."""
         layout: Layout = {}
-
-        def add(name: str, path: str, shape: tuple[int, ...]) -> None:
-            layout.setdefault(name, {})[path] = (shape, wide_dtype(parameters[path].dtype))
-
         for path in sorted(parameters):
             shape = tuple(parameters[path].shape)
+            wide = wide_dtype(parameters[path].dtype)
+            held: dict[str, tuple[int, ...]] = {}
             if self.config.name == "adamw":
-                add("exp_avg", path, shape)
-                add("exp_avg_sq", path, shape)
+                held |= {"exp_avg": shape, "exp_avg_sq": shape}
             elif self.config.name == "sgd":
                 if self.config.momentum:
-                    add("momentum", path, shape)
+                    held |= {"momentum": shape}
             elif len(shape) == 2:
-                add("row", path, shape[:1])
-                add("column", path, shape[1:])
+                held |= {"row": shape[:1], "column": shape[1:]}
             else:
-                add("exp_avg_sq", path, shape)
-            if parameters[path].dtype != wide_dtype(parameters[path].dtype):
-                add("master", path, shape)
+                held |= {"exp_avg_sq": shape}
+            if parameters[path].dtype != wide:
+                held |= {"master": shape}
             if self.config.ema_decay is not None:
-                add("ema", path, shape)
+                held |= {"ema": shape}
+            for name, size in held.items():
+                layout.setdefault(name, {})[path] = (size, wide)
         return layout
 
     def _adamw(self, w: Tensors, g: Tensors, state: Mapping[str, Any], lr: float) -> None:

@@ -1,6 +1,6 @@
 """What both twins agree on: configuration, names, initial weights, files, and the judge.
 
-Nothing here but ``parity`` and ``cli`` imports PyTorch or JAX.
+Nothing here but ``parity`` and ``cli`` imports PyTorch or JAX (``sharded`` one of them, in a process of its own).
 """
 
 from twinformer.config import ModelConfig, RotaryScaling, StackConfig

@@ -22,9 +22,9 @@ from twinformer.parity.compare import Comparison
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs.itself import against_itself
 from twinformer.parity.rungs.stochastic import with_dropout
-from twinformer.parity.sharded import RANKS, Arrays, parts
-from twinformer.parity.twins import Run
+from twinformer.parity.twins import Run, in_pytorch_layout
 from twinformer.parity.verdict import Rung, rung_of
+from twinformer.sharded import RANKS, Arrays, parts
 
 _FRAMEWORKS = {"torch_impl": "torch", "flax_impl": "flax"}
 # far more than it takes; a process that waits for another that has died would wait for ever
@@ -32,7 +32,7 @@ _SECONDS = 600.0
 
 
 def check(evidence: Evidence, *, prepare: str = "") -> Rung:
-    """Compare each twin's sharded run with its usual one. ``prepare``: see ``twinformer/parity/sharded.py``."""
+    """Compare each twin's sharded run with its usual one. ``prepare``: see ``twinformer/sharded.py``."""
     comparisons: list[Comparison] = []
     problems: list[str] = []
     notes: list[str] = []
@@ -76,7 +76,7 @@ def sharded(framework: str, case: Case, prepare: str = "") -> tuple[Run, str]:
         given["cotangent"] = case.cotangent
         save_file({name: np.ascontiguousarray(value) for name, value in given.items()}, place / "case.safetensors")
         ranks = range(RANKS[framework])
-        command = [sys.executable, "-m", "twinformer.parity.sharded", framework, scratch]
+        command = [sys.executable, "-m", "twinformer.sharded", framework, scratch]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
         logs = [place / f"{framework}-{rank}.log" for rank in ranks]
         processes = []
@@ -101,7 +101,9 @@ def sharded(framework: str, case: Case, prepare: str = "") -> tuple[Run, str]:
 
 def _joined(framework: str, found: list[Arrays]) -> tuple[Run, str]:
     rows = sorted(found, key=lambda one: int(one["first"][0]))
-    run = Run(np.concatenate([one["output"] for one in rows]), {}, parts(found[0], "gradient"))
+    leaves = parts(found[0], "gradient")
+    gradients = in_pytorch_layout(leaves) if framework == "flax" else leaves
+    run = Run(np.concatenate([one["output"] for one in rows]), {}, gradients)
     count = int(found[0]["spread"][0])
     if framework == "flax":
         return run, f"4 devices, {count} parameters cut"

@@ -1,9 +1,9 @@
 """One model spread over several devices of a CPU, in processes of their own: what rung 10 starts.
 
-``python -m twinformer.parity.sharded flax|torch DIRECTORY RANK [MODULE:FUNCTION]`` reads ``case.safetensors`` and
+``python -m twinformer.sharded flax|torch DIRECTORY RANK [MODULE:FUNCTION]`` reads ``case.safetensors`` and
 ``config.json`` in the directory and writes ``{framework}-{rank}.safetensors``: the output (of rows ``first`` on) and,
-from rank 0, the gradient of every parameter. ``MODULE:FUNCTION`` is called before anything else; tests plant faults
-with it.
+from rank 0, the gradient of every parameter under its twin's own name. ``MODULE:FUNCTION`` is called before anything
+else; tests plant faults with it. A process loads its own framework alone, which is most of the time that it takes.
 
 - Flax: one process with four devices, two by two. Every parameter is cut along each axis that can be halved, one axis
   for either dimension of the mesh; rows of the batch lie along the first. XLA inserts what has to be sent.
@@ -46,7 +46,6 @@ def _flax(config: ModelConfig, tensors: Arrays, inputs: Arrays, cotangent: Any) 
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     import flax_impl
-    from twinformer.parity.twins import in_pytorch_layout
 
     settings = {
         "jax_platforms": "cpu",
@@ -83,8 +82,8 @@ def _flax(config: ModelConfig, tensors: Arrays, inputs: Arrays, cotangent: Any) 
     given = {name: jnp.asarray(value) if name == "rng" else over_rows(value) for name, value in inputs.items()}
     run = jax.jit(jax.value_and_grad(scalar, has_aux=True))
     (_, output), of_state = run(state, given, over_rows(cotangent))
-    leaves = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(of_state)}
-    gradients = {f"gradient/{path}": leaf for path, leaf in in_pytorch_layout(leaves).items()}
+    leaves = nnx.to_flat_state(of_state)
+    gradients = {f"gradient/{'.'.join(map(str, path))}": np.asarray(leaf[...]) for path, leaf in leaves}
     return {"output": np.asarray(output), "first": np.array([0]), "spread": np.array([len(spread)]), **gradients}
 
 
