@@ -20,7 +20,7 @@ REGRESSIONS: dict[str, Case] = {}
 
 # a part of the 1,200 that the judge has seen (results/fuzz-41.jsonl): here operation by operation, without a compiler
 # sorted by sizes: JAX compiles each operation once for each shape
-CASES = sorted(seeded_cases(80, seed=2026), key=lambda case: SIZES.index(case.sizes))
+CASES = sorted(seeded_cases(72, seed=2026), key=lambda case: SIZES.index(case.sizes))
 
 
 def outcome(twin, case, *, config=None, change=lambda values: values, instead=None):
@@ -49,7 +49,7 @@ def test_twins_agree_wherever_hypothesis_looks(case):
 
 def test_the_cases_cover_the_space():
     """Every option of every choice, every kind of padding, each way of giving positions, with and without dropout."""
-    assert len(CASES) >= 80
+    assert len(CASES) >= 72
     assert len({repr(case) for case in CASES}) == len(CASES)
     hints = typing.get_type_hints(ModelConfig)
     not_of_the_mathematics = {"param_dtype", "compute_dtype", "initializer", "initializer_scale_residual"}
