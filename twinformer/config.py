@@ -12,6 +12,7 @@ G num_kv_heads, K key_dim, J value_dim, F hidden_dim, L num_layers, V vocab_size
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -469,14 +470,19 @@ class ModelConfig(StackConfig):
         )
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _check_types(cls: type, values: Mapping[str, Any], problems: Problems) -> set[str]:
     """Note every value of the wrong type; gives the names of the fields concerned."""
     wrong = set()
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for name, value in values.items():
         if hints[name] is RotaryScaling and isinstance(value, RotaryScaling):
             parts = {f"{name}.{f.name}": getattr(value, f.name) for f in fields(value)}
-            part_hints = {f"{name}.{k}": hint for k, hint in typing.get_type_hints(RotaryScaling).items()}
+            part_hints = {f"{name}.{k}": hint for k, hint in _hints(RotaryScaling).items()}
         else:
             parts, part_hints = {name: value}, {name: hints[name]}
         for part, held in parts.items():
@@ -490,7 +496,8 @@ def _stand_in(config: StackConfig, wrong: set[str]) -> StackConfig:
     if not wrong:
         return config
     harmless = object.__new__(type(config))
-    hints = typing.get_type_hints(type(config))
+    cls: type = type(config)
+    hints = _hints(cls)
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name in wrong:
