@@ -8,8 +8,10 @@ PEERS := $(VENV)/.peers
 .PHONY: parity presets mutants fuzz test lint bench bench-import setup clean
 
 # The main job: the trained sentence encoder in both frameworks, and against the original implementation.
+# JAX keeps compiled programs on disk, under a key of the program, its options, the versions and the machine.
 parity: $(READY)
-	$(BIN)/twinformer parity sentence-encoder --witness transformers
+	JAX_COMPILATION_CACHE_DIR=$${JAX_COMPILATION_CACHE_DIR:-$(VENV)/programs} \
+	    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(BIN)/twinformer parity sentence-encoder --witness transformers
 
 # Every preset, one after the other; stops at the first that does not agree.
 presets: $(READY)

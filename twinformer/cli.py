@@ -91,6 +91,7 @@ def parity(
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
         from twinformer.parity.abreast import is_worth_it
         from twinformer.parity.judge import check_rungs, judge
+        from twinformer.parity.memory import keep_freed_memory
         from twinformer.parity.opened import check_opened
         from twinformer.parity.rungs import BY_DEFAULT, LADDER
         from twinformer.parity.subjects import find
@@ -103,6 +104,7 @@ def parity(
         else:
             wanted = tuple(name.strip() for name in rungs.split(",") if name.strip())
         check_rungs(wanted)
+        keep_freed_memory()
         with _err.status("reading the model") as status:
             found = find(subject, seed)
             witnesses = witnesses_for(found, witness)

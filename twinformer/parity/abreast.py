@@ -21,11 +21,23 @@ import torch
 
 from twinformer.errors import TwinformerError
 from twinformer.parity.case import Case
+from twinformer.parity.memory import keep_freed_memory
 from twinformer.parity.verdict import Rung
 
 #: rungs that use nothing of the others' runs, of a large model about half of the time
 APART = (
-    *("precision", "stochastic", "nonfinite", "rounding", "decoding", "training", "accumulation", "sampling", "beams"),
+    *(
+        "precision",
+        "stochastic",
+        "nonfinite",
+        "rounding",
+        "decoding",
+        "training",
+        "accumulation",
+        "sampling",
+        "beams",
+        "calls",
+    ),
     *("persistence", "resumption", "adapters", "long"),
 )
 #: of a small model these use nothing that takes long either; in the order in which they are begun, the longest first
@@ -139,6 +151,7 @@ def _work(pipe: Any, climb: Climb, case: Case, names: Sequence[str], begun: Any,
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     jax.config.update("jax_enable_x64", wide)  # type: ignore[no-untyped-call]
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    keep_freed_memory()
     try:
         pipe.send(climb(case, _taken(names, begun)))
     except TwinformerError as error:

@@ -13,7 +13,7 @@ the model's neighbours: weights that differ by about a hundredth, each with a tr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ Order = npt.NDArray[np.intp]
 
 @dataclasses.dataclass(frozen=True)
 class Reordered:
-    """A renumbered case, and ``restore``, which puts the outcome of a run on it back into the first numbering."""
+    """A renumbered case, and ``restore``, which puts a run on it back into the first numbering and empties it."""
 
     case: Case
     restore: Callable[[Run], Run]
@@ -78,12 +78,18 @@ def reordered(case: Case, draw: int = 1, *, last_place: bool = False) -> Reorder
     def restore(run: Run) -> Run:
         return Run(
             _back(_back(run.output, batch, 0), features, -1),
-            {path: _module_back(path, seen, case, batch, draw) for path, seen in run.modules.items()},
-            {path: _all_back(gradient, orders[path]) for path, gradient in run.gradients.items()},
-            {path: _module_back(path, seen, case, batch, draw) for path, seen in run.module_gradients.items()},
+            {path: _module_back(path, seen, case, batch, draw) for path, seen in _taken(run.modules)},
+            {path: _all_back(gradient, orders[path]) for path, gradient in _taken(run.gradients)},
+            {path: _module_back(path, seen, case, batch, draw) for path, seen in _taken(run.module_gradients)},
         )
 
     return Reordered(other, restore)
+
+
+def _taken(tensors: dict[str, FloatArray]) -> Iterator[tuple[str, FloatArray]]:
+    """One after the other, each gone when the next one comes: of a large model two sets are too many."""
+    for path in list(tensors):
+        yield path, tensors.pop(path)
 
 
 def _nudged(tensor: npt.NDArray[Any], rng: np.random.Generator) -> npt.NDArray[Any]:

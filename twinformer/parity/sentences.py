@@ -22,10 +22,9 @@ HAPPY = "That is a happy person"
 VERY_HAPPY = "That is a very happy person"
 SUNNY = "Today is a sunny day"
 
+# three lengths: a batch is as wide as its longest, and one more row of padding shows nothing new
 SENTENCES = (
     HAPPY,
-    VERY_HAPPY,
-    SUNNY,
     "Tune the sixth string down to D, then play the twelfth-fret harmonic \u2014 na\u00efve, but it works!",
     LONG,
 )

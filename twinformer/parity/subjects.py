@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch_impl.pickled import open_pickled
 from twinformer import pretrained, shipped
 from twinformer.checkpoint import read_model
-from twinformer.parity.case import Case, make_case, random_case, telling_inputs
+from twinformer.parity.case import Arrays, Case, make_case, random_case, telling_inputs
 from twinformer.parity.judge import CannotJudgeError
 from twinformer.parity.sentences import SENTENCES
 from twinformer.presets import PRESETS, preset
@@ -28,7 +29,6 @@ class Subject:
     case: Case
     directory: Path | None = None
     published: pretrained.Pretrained | None = None
-    sentences: tuple[str, ...] = ()
 
 
 def find(name: str, seed: int = 0) -> Subject:
@@ -73,9 +73,15 @@ def _published(name: str, directory: Path, seed: int) -> Subject:
     if model.tokenizer is None or model.config.architecture == "encoder-decoder":
         case = make_case(name, model.config, model.tensors, telling_inputs(model.config, seed), seed)
         return Subject(case, directory, model)
-    encoded = Tokenizer.load(model.tokenizer).encode(SENTENCES, max_length=model.config.context_length)
-    inputs = {"tokens": encoded.ids, "padding_mask": encoded.padding_mask}
+    case = make_case(name, model.config, model.tensors, encoded(model, SENTENCES), seed)
+    return Subject(case, directory, model)
+
+
+def encoded(model: pretrained.Pretrained, sentences: Sequence[str]) -> Arrays:
+    """Sentences as inputs of a model of one stack that has a tokenizer."""
+    assert model.tokenizer is not None
+    found = Tokenizer.load(model.tokenizer).encode(sentences, max_length=model.config.context_length)
+    inputs: Arrays = {"tokens": found.ids, "padding_mask": found.padding_mask}
     if model.config.num_token_types:
-        inputs["token_types"] = encoded.token_types
-    case = make_case(name, model.config, model.tensors, inputs, seed)
-    return Subject(case, directory, model, SENTENCES)
+        inputs["token_types"] = found.token_types
+    return inputs

@@ -408,14 +408,14 @@ class FlaxTwin:
         if not gradients:
             output, calls = forward(state, inputs, cotangent)
             return Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
-        probes = {}
+        probes: Any = ()
         if detail == "modules":
             shapes = jax.eval_shape(forward, state, inputs, cotangent)[1]
-            probes = {
-                name: jnp.zeros(shape.shape, shape.dtype)
+            probes = tuple(
+                (name, shape.shape, shape.dtype)
                 for name, shape in shapes.items()
                 if jnp.issubdtype(shape.dtype, jnp.floating)
-            }
+            )
         (_, (output, calls)), (of_state, of_modules) = differentiated(state, probes, inputs, cotangent)
         run = Run(widened(np.asarray(output)), {name: widened(np.asarray(seen)) for name, seen in calls.items()})
         run.gradients = {path: widened(leaf) for path, leaf in in_pytorch_layout(_named_leaves(of_state)).items()}
@@ -439,11 +439,16 @@ class FlaxTwin:
                     output = model(**inputs)
                 return (output.astype(cotangent.dtype) * cotangent).sum(), (output, calls)
 
+            def differentiated(state: Any, probes: Any, inputs: Any, cotangent: Any) -> Any:
+                # made in here, the zeros take no memory
+                zeros = {name: jnp.zeros(shape, dtype) for name, shape, dtype in probes}
+                return jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(state, zeros, inputs, cotangent)
+
             self._programs[which] = (
                 jax.jit(
                     lambda state, inputs, cotangent: scalar(state, {}, inputs, cotangent)[1], compiler_options=options
                 ),
-                jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), compiler_options=options),
+                jax.jit(differentiated, static_argnums=1, compiler_options=options),
             )
         return self._programs[which]
 

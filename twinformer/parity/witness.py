@@ -6,6 +6,7 @@ They speak to what the twins cannot prove alone: that they are not wrong togethe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import time
 from collections.abc import Callable
@@ -16,13 +17,14 @@ import torch
 
 import flax_impl.losses
 import torch_impl.losses
+from twinformer.parity.case import make_case
 from twinformer.parity.compare import Comparison, FloatArray, compare
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.judge import CannotJudgeError
 from twinformer.parity.original import Answer, Flags, Ids, Original, in_rows
 from twinformer.parity.report import Report
 from twinformer.parity.sentences import PUBLISHED_SIMILARITIES
-from twinformer.parity.subjects import SENTENCE_ENCODER, Subject
+from twinformer.parity.subjects import SENTENCE_ENCODER, Subject, encoded
 from twinformer.parity.verdict import Rung, rung_of
 
 Witness = Callable[[Evidence, Report], None]
@@ -37,7 +39,7 @@ _HALF_A_DIGIT = 5e-5
 def witnesses_for(subject: Subject, name: str | None) -> list[Witness]:
     """The witnesses that can speak about a subject. Raises CannotJudgeError where the one asked for cannot."""
     found: list[Witness] = []
-    states: dict[str, FloatArray] = {}
+    original: Original | None = None
     if name is not None:
         if name not in WITNESSES:
             raise CannotJudgeError("witness", [f"expected one of {', '.join(WITNESSES)}, got {name!r}"])
@@ -50,25 +52,20 @@ def witnesses_for(subject: Subject, name: str | None) -> list[Witness]:
                 "witness", ["transformers: expected it installed (pip install 'transformers>=5,<6')"]
             )
         original = Original(subject.directory, subject.published)
-        found.append(lambda evidence, report: ask_transformers(original, evidence, report, states))
+        found.append(functools.partial(ask_transformers, original))
     if subject.case.name == SENTENCE_ENCODER:
-        found.append(lambda evidence, report: _published_similarities(subject, evidence, report, states))
+        found.append(functools.partial(_published_similarities, subject, original))
     return found
 
 
-def ask_transformers(
-    original: Original, evidence: Evidence, report: Report, states: dict[str, FloatArray] | None = None
-) -> None:
+def ask_transformers(original: Original, evidence: Evidence, report: Report) -> None:
     """Every state, the output and the loss of both twins against the original's, in float64, at real positions.
 
-    At padded positions the original has values of its own kind, which nothing reads. ``states`` is given the
-    original's.
+    At padded positions the original has values of its own kind, which nothing reads.
     """
     began = time.perf_counter()
     evidence.progress(original.name)
     answer = original.answer(evidence.case.inputs)
-    if states is not None:
-        states |= answer.states
     case, runs = evidence.case, evidence.runs("float64")
     if any(not np.array_equal(answer.inputs[name], given) for name, given in case.inputs.items()):
         case = dataclasses.replace(case, inputs=answer.inputs).in_dtype("float64")
@@ -151,20 +148,21 @@ def _loss(twin: str, original: Original, output: FloatArray, labels: Ids) -> flo
     return float(flax_impl.losses.mean_loss(summed, places))
 
 
-def _published_similarities(
-    subject: Subject, evidence: Evidence, report: Report, states: dict[str, FloatArray]
-) -> None:
+def _published_similarities(subject: Subject, original: Original | None, evidence: Evidence, report: Report) -> None:
     """Sentence similarities, to the four decimals in which they were published."""
-    real = evidence.case.inputs["padding_mask"]
-    vectors = {
-        twin.name: sentence_vectors(run.output, real)
-        for twin, run in zip(evidence.twins, evidence.runs("float64"), strict=True)
-    }
-    if states:
-        vectors["transformers"] = sentence_vectors(list(states.values())[-1], real)
+    assert subject.published is not None
+    began = time.perf_counter()
+    evidence.progress("published similarities")
+    sentences = list(dict.fromkeys(sentence for *pair, _ in PUBLISHED_SIMILARITIES for sentence in pair))
+    inputs = encoded(subject.published, sentences)
+    case = make_case(subject.case.name, subject.case.config, subject.case.tensors, inputs).in_dtype("float64")
+    outputs = {twin.name: twin.run(case, detail="blocks").output for twin in evidence.twins}
+    if original is not None:
+        outputs["transformers"] = original.answer(inputs).output
+    vectors = {who: sentence_vectors(output, inputs["padding_mask"]) for who, output in outputs.items()}
     problems = []
     for one, other, published in PUBLISHED_SIMILARITIES:
-        i, j = subject.sentences.index(one), subject.sentences.index(other)
+        i, j = sentences.index(one), sentences.index(other)
         found = {who: float(vector[i] @ vector[j]) for who, vector in vectors.items()}
         report.answers.append({"what": f"\u201c{one}\u201d ~ \u201c{other}\u201d", "published": published, **found})
         problems += [
@@ -173,7 +171,9 @@ def _published_similarities(
             if not abs(value - published) <= _HALF_A_DIGIT
         ]
     checked = f"{len(PUBLISHED_SIMILARITIES)} similarities by {len(vectors)} implementations"
-    report.witnesses["published answers"] = Rung("differ" if problems else "agree", checked, [], problems)
+    rung = Rung("differ" if problems else "agree", checked, [], problems)
+    rung.seconds = time.perf_counter() - began
+    report.witnesses["published answers"] = rung
 
 
 def sentence_vectors(hidden: FloatArray, real: np.ndarray) -> FloatArray:
