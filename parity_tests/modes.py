@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import Any
 
 import jax
 import pytest
@@ -21,12 +22,18 @@ def jitted(module, **inputs):
     return jax.jit(lambda state, inputs: nnx.merge(graph, state)(**inputs))(state, inputs)
 
 
+#: the module that was compiled last, and its program
+_compiled: list[Any] = [None, None]
+
+
 def torch_compiled(module, **inputs):
-    # programs are counted by the code of `forward`, whichever module it belongs to: without a reset the compiler gives
-    # up on the ninth module of the session
-    torch.compiler.reset()
+    if _compiled[0] is not module:
+        # programs are counted by the code of `forward`, whichever module it belongs to: without a reset the compiler
+        # gives up on the ninth module of the session
+        torch.compiler.reset()
+        _compiled[:] = module, torch.compile(module, fullgraph=True)
     with shape_hook_off(), compiler_warnings():
-        return torch.compile(module, fullgraph=True)(**inputs)
+        return _compiled[1](**inputs)
 
 
 @contextlib.contextmanager

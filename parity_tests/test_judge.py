@@ -28,9 +28,16 @@ def small(name: str, length: int = 12):
 
 
 #: every preset on these, some on rungs that look at what is their own besides; all rungs of a trained encoder are what
-#: ``make parity`` judges, of a decoder ``test_cli.py``, of every preset ``make presets``
-EVERYWHERE = ("parameters", "forward", "nonfinite", "gradients")
-MORE = {"bert": ("precision",), "gemma": ("precision",), "llama": ("precision", "decoding"), "t5": ("precision",)}
+#: ``make parity`` judges, of a decoder ``test_cli.py``, of every preset ``make presets``. Poison in other presets is in
+#: ``test_rungs.py``, the precision of what was trained like Llama and GPT-2 in ``test_real_weights.py``
+EVERYWHERE = ("parameters", "forward", "gradients")
+MORE = {
+    "textbook-decoder": ("nonfinite",),
+    "gpt2": ("nonfinite",),
+    "gemma": ("nonfinite", "precision"),
+    "llama": ("decoding",),
+    "t5": ("precision",),
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)

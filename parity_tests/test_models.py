@@ -493,11 +493,10 @@ def test_against_transformers(twin, make, side, in_float64):
 def test_eager_is_compiled(twin, name):
     """The compiled program gives what the eager model does, for every preset, padded on either side."""
     whole = preset(name)
-    fewer: dict = {"num_layers": 2}  # a first block and one of the others
+    windowed = whole.window_layers is not None
+    fewer: dict = {"num_layers": 2, "window_layers": (0,)} if windowed else {"num_layers": 1}  # a block of each kind
     if whole.architecture == "encoder-decoder":
         fewer["num_encoder_layers"] = 1
-    if whole.window_layers is not None:
-        fewer["window_layers"] = (0,)
     config = whole.replace(**fewer)
     case = random_case(name, config, seed=1, length=24).in_dtype("float64")
     model = twin.file("models").build(case.config, seed=None)

@@ -9,21 +9,15 @@ import flax_impl
 import torch_impl
 from parity_tests.mutants import MUTANTS
 from parity_tests.mutants.cases import CASES
+from parity_tests.torch_twice import UNHARMED, Other, torch_twice
 from twinformer.parity import random_case
 from twinformer.parity.decoding_runs import PADDINGS, plan_for
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import decoding
-from twinformer.parity.twins import TorchTwin
 from twinformer.presets import preset
 
 # checks of shapes at every call, which other tests make, take most of the time here
 pytestmark = pytest.mark.usefixtures("without_shape_hook")
-
-
-class Other(TorchTwin):
-    """PyTorch in the place of the other twin: what is asked here does not need the other framework's compiler."""
-
-    name = "other"
 
 
 def small(name: str, **changes):
@@ -32,10 +26,6 @@ def small(name: str, **changes):
     if config.architecture == "encoder-decoder":
         sizes |= {"num_encoder_layers": 1, "source_vocab_size": 23}
     return random_case(name, config.replace(**(sizes | changes)), seed=3, length=12)
-
-
-def torch_twice(case):
-    return Evidence(case, (TorchTwin(), Other()))
 
 
 def planted(name, twin="torch_impl"):
@@ -183,6 +173,7 @@ class Shifts(Other):
     """All that it decodes is off by a share of its scale, in one cell."""
 
     def __init__(self, share):
+        super().__init__()
         self.share = share
 
     def once(self, what, case, ask):
@@ -195,14 +186,14 @@ class Shifts(Other):
 
 def test_little_is_enough_and_rounding_is_not():
     case = small("llama")
-    rung = decoding.check(Evidence(case, (TorchTwin(), Shifts(1e-11))))
+    rung = decoding.check(Evidence(case, (UNHARMED, Shifts(1e-11))))
     assert rung.verdict == "differ"
     assert [one.name for one in rung.comparisons if not one.agrees] == [
         "other: token by token, reused cache, holes",
         "torch_impl, other: token by token, reused cache",
     ]
     assert rung.culprits == ["the cache"]
-    assert decoding.check(Evidence(case, (TorchTwin(), Shifts(1e-13)))).verdict == "agree"
+    assert decoding.check(Evidence(case, (UNHARMED, Shifts(1e-13)))).verdict == "agree"
 
 
 def test_a_history_that_nobody_looks_at_cannot_tell():

@@ -10,6 +10,7 @@ import pytest
 import torch_impl
 from parity_tests.mutants import MUTANTS
 from parity_tests.mutants.cases import CASES
+from parity_tests.torch_twice import UNHARMED, Other, torch_twice
 from twinformer.decoding import BeamConfig, SamplingConfig, StopConfig
 from twinformer.parity import philox, random_case
 from twinformer.parity import sampling_reference as reference
@@ -26,22 +27,12 @@ pytestmark = pytest.mark.usefixtures("without_shape_hook")
 HIDDEN = -np.inf
 
 
-class Other(TorchTwin):
-    """PyTorch in the place of the other twin: what is asked here does not need the other framework's compiler."""
-
-    name = "other"
-
-
 def small(name: str, **changes):
     config = preset(name)
     sizes = {"model_dim": 12, "hidden_dim": 16, "num_layers": 1, "vocab_size": 23, "context_length": 32}
     if config.architecture == "encoder-decoder":
         sizes |= {"num_encoder_layers": 1, "source_vocab_size": 23}
     return random_case(name, config.replace(**(sizes | changes)), seed=3, length=12)
-
-
-def torch_twice(case):
-    return Evidence(case, (TorchTwin(), Other()))
 
 
 def planted(name, twin="torch_impl"):
@@ -363,6 +354,7 @@ class Changed(Other):
     """What it wrote, or found, is changed afterwards."""
 
     def __init__(self, what, change):
+        super().__init__()
         self.what, self.change = what, change
 
     def once(self, what, case, ask):
@@ -404,16 +396,16 @@ def moved(name, place, off):
 )
 def test_little_is_enough(rung, what, change, named):
     case = small("textbook-decoder", context_length=80 if what == "search long" else 32)
-    found = rung.check(Evidence(case, (TorchTwin(), Changed(what, change))))
+    found = rung.check(Evidence(case, (UNHARMED, Changed(what, change))))
     assert found.verdict == "differ"
     assert found.culprits == [named]
     assert all(text.startswith("other: ") or "other" in text for text in found.problems)
 
 
 def test_rounding_is_no_difference():
-    twins = (TorchTwin(), Changed("write sampled", moved("logprobs", (0, 0), 1e-13)))
+    twins = (UNHARMED, Changed("write sampled", moved("logprobs", (0, 0), 1e-13)))
     assert sampling.check(Evidence(small("textbook-decoder"), twins)).verdict == "agree"
-    twins = (TorchTwin(), Changed("search mean", moved("scores", (0, 1), 1e-12)))
+    twins = (UNHARMED, Changed("search mean", moved("scores", (0, 1), 1e-12)))
     assert beams.check(Evidence(small("textbook-decoder"), twins)).verdict == "agree"
 
 

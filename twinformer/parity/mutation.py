@@ -9,7 +9,6 @@ reached. Each case is first shown to agree without any fault: a kill would mean 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +20,10 @@ from typing import Any, Literal, Protocol
 from twinformer.errors import InputError
 from twinformer.parity.case import Case
 from twinformer.parity.judge import judge
+from twinformer.parity.remembered import Remembered
 from twinformer.parity.report import Report
 from twinformer.parity.rungs import LADDER
-from twinformer.parity.twins import Call, Detail, FlaxTwin, Precision, Run, TorchTwin, Twin, forget_compiled
+from twinformer.parity.twins import FlaxTwin, TorchTwin, Twin, forget_compiled
 
 TwinName = Literal["torch_impl", "flax_impl"]
 TWINS: tuple[TwinName, ...] = ("torch_impl", "flax_impl")
@@ -148,57 +148,6 @@ class Baseline:
     agrees: bool
     seconds: float
     message: str = ""
-
-
-class Remembered:
-    """A twin without a fault, asked the same again and again: what it answered once it need not compute anew."""
-
-    def __init__(self, twin: Twin) -> None:
-        self._twin = twin
-        self._answers: dict[Any, Any] = {}
-
-    @property
-    def name(self) -> str:
-        return self._twin.name
-
-    @property
-    def on_cpu(self) -> bool:
-        return self._twin.on_cpu
-
-    def leaves(self, case: Case) -> Any:
-        return self._once(("leaves", *_key(case)), lambda: self._twin.leaves(case))
-
-    def exported(self, case: Case) -> Any:
-        return self._once(("exported", *_key(case)), lambda: self._twin.exported(case))
-
-    def kept(self, case: Case) -> Any:
-        return self._once(("kept", *_key(case)), lambda: self._twin.kept(case))
-
-    def run(
-        self, case: Case, *, gradients: bool = False, precision: Precision = "highest", detail: Detail = "modules"
-    ) -> Run:
-        def ask() -> Run:
-            return self._twin.run(case, gradients=gradients, precision=precision, detail=detail)
-
-        run: Run = self._once(("run", *_key(case), gradients, precision, detail), ask)
-        return run
-
-    def record(self, case: Case, *, gradients: bool = True) -> list[Call]:
-        calls: list[Call] = self._once(
-            ("record", gradients, *_key(case)), lambda: self._twin.record(case, gradients=gradients)
-        )
-        return calls
-
-    def once(self, what: str, case: Case, ask: Callable[[], Any]) -> Any:
-        return self._once((what, *_key(case)), ask)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._twin, name)
-
-    def _once(self, key: Any, ask: Callable[[], Any]) -> Any:
-        if key not in self._answers:
-            self._answers[key] = ask()
-        return self._answers[key]
 
 
 class Bench:
@@ -338,15 +287,6 @@ def _compare_refusals(case: Case, twins: tuple[Twin, Twin]) -> Climbed:
 
 
 _ORDER = tuple(step.name for step in LADDER)
-
-
-def _key(case: Case) -> tuple[Any, ...]:
-    """What tells one question from another: the configuration and every number that goes in."""
-    digest = hashlib.sha256(case.cotangent.tobytes())
-    for arrays in (case.tensors, case.inputs):
-        for name, array in arrays.items():
-            digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return (case.config, case.training, digest.digest())
 
 
 def _told(error: Exception) -> str:

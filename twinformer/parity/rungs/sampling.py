@@ -21,6 +21,7 @@ from twinformer.parity.case import Case
 from twinformer.parity.compare import Comparison, FloatArray, compare, widened
 from twinformer.parity.cut import cut, describe
 from twinformer.parity.evidence import Evidence
+from twinformer.parity.remembered import Remembered
 from twinformer.parity.sampling_tables import (
     CHAINS,
     HOPELESS,
@@ -53,7 +54,8 @@ def check(evidence: Evidence) -> Rung:
     comparisons: list[Comparison] = []
     problems: Problems = {}
     tokens = 0
-    for twin in evidence.twins:
+    twins = (Remembered(evidence.twins[0]), evidence.twins[1])  # the second is held against what the first gives
+    for twin in twins:
         evidence.progress(f"{twin.name}: definitions of sampling")
         figures, wrong = definitions(twin, case)
         comparisons += figures
@@ -62,7 +64,7 @@ def check(evidence: Evidence) -> Rung:
             continue  # what is written with them would say it again, if anything could be written
         evidence.progress(f"{twin.name}: writing")
         for which in ("sampled", "penalised"):
-            figures, wrong, count = written(twin, evidence.twins[0], case, writing, which)
+            figures, wrong, count = written(twin, twins[0], case, writing, which)
             comparisons += figures
             add(problems, twin.name, wrong)
             tokens += count
