@@ -616,6 +616,7 @@ def test_future_does_not_leak_under_causal(twin, call, window):
 
 
 @every_mode
+@torch.no_grad()  # a compiler would make the backward program as well
 def test_visible_nan_shows(twin, call):
     """A query that may attend to a row that is not finite gives NaN; each head's own mask decides."""
     layer, _, _ = build(twin, {"num_heads": 2})

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from parity_tests.helpers import FLAX, TORCH, assert_close, both, random_array, scatter_parameters, to_numpy
 from parity_tests.modes import jitted, torch_compiled
@@ -326,6 +327,7 @@ def test_ids_out_of_range_give_nan_rows_when_traced(twin, call):
 
 
 @TRACED
+@torch.no_grad()  # a compiler would make the backward program as well
 def test_a_bad_token_spoils_its_own_row_and_what_sees_it(twin, call):
     """Through a causal model: tokens before the bad one are right, itself and those after are NaN."""
     built = model(positions="learned", head="untied")(twin)
