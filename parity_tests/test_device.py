@@ -121,7 +121,8 @@ print(json.dumps(found | {"same": same}))
 def test_flax_models_live_on_the_default_device(tmp_path):
     """Read there, computed there; and a model that is put elsewhere computes elsewhere."""
     published(tmp_path)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", FLAX, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
     )

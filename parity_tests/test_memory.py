@@ -9,26 +9,26 @@ import pytest
 import twinformer.parity.memory
 from twinformer.parity.memory import keep_freed_memory
 
-PROGRAM = """
-import resource, sys
-from twinformer.parity.memory import keep_freed_memory
+# the file alone: the package that it is in imports both frameworks
+PROGRAM = f"""
+import resource, runpy, sys
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert runpy.run_path({twinformer.parity.memory.__file__!r})["keep_freed_memory"]()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    b"1" * (64 << 20)
+for _ in range(12):
+    b"1" * (40 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_pages_are_asked_for_once():
-    """Twenty large arrays after each other: the system gives pages for one of them."""
+    """Twelve large arrays after each other: the system gives pages for one of them."""
     keep, leave = (
         int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
         for how in ("keep", "leave")
     )
-    assert 0 < keep * 10 < leave
+    assert 0 < keep * 6 < leave
 
 
 def test_nothing_is_changed_where_the_library_cannot(monkeypatch):

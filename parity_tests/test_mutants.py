@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from parity_tests.mutants import CATALOGUE, CONTROLS, DOES_NOT_APPLY, MUTANTS, ROWS
 from parity_tests.mutants.patching import Patch
+from twinformer.cli import app
 from twinformer.parity import mutation_workers
 from twinformer.parity.mutation import Bench, Control, Mutant, Outcome, is_right
 from twinformer.parity.mutation_report import MutationReport
@@ -257,6 +259,11 @@ def twinformer(*arguments, **environment):
     )
 
 
+def here(*arguments):
+    """Without a process of its own, for what ends before anything is planted."""
+    return CliRunner().invoke(app, ["mutants", *arguments], env={"COLUMNS": "160"})
+
+
 def test_some_faults_are_found_and_named(tmp_path):
     """Of each kind: a formula, a weight, a gradient, a mask, a precision, a refusal and a control."""
     file = tmp_path / "matrix.json"
@@ -276,31 +283,25 @@ def test_some_faults_are_found_and_named(tmp_path):
 
 
 def test_unknown_ids_are_one_message_that_names_all():
-    done = twinformer("A7", "A777", "B1")
-    assert done.returncode == 2
+    done = here("A7", "A777", "B1")
+    assert done.exit_code == 2
     assert "A777" in done.stderr
     assert "B1" in done.stderr
     assert "'A7'" not in done.stderr
     assert "Traceback" not in done.stderr
-    assert twinformer("--twin", "jax").returncode == 2
+    assert here("--twin", "jax").exit_code == 2
 
 
 def test_an_entry_that_does_not_apply_says_why():
-    done = twinformer("W7")
-    assert done.returncode == 0
+    done = here("W7")
+    assert done.exit_code == 0
     assert "never fused" in done.stdout
 
 
-def test_without_a_checkout_it_says_so(tmp_path):
-    script = (
-        "import pathlib, sys, twinformer.parity.mutation_workers as w\n"
-        f"w.ROOT = pathlib.Path({str(tmp_path)!r})\n"
-        "from twinformer.cli import main\n"
-        "sys.argv = ['twinformer', 'mutants']\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
+def test_without_a_checkout_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutation_workers, "ROOT", tmp_path)
+    done = here()
+    assert done.exit_code == 2
     assert "checkout" in done.stderr
 
 
