@@ -12,6 +12,7 @@ the twins are not the subject the hook is off: it takes every seventh second.
 """
 
 import contextlib
+import gc
 import os
 import pathlib
 import sys
@@ -44,6 +45,15 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # the same few examples on every run: a test that fails fails for everybody
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: Python's collector, which took every tenth second here, need not look through it, and
+    looks through what has lived for long less often."""
+    gc.collect()
+    gc.freeze()
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
