@@ -12,7 +12,7 @@ from parity_tests.mutants import MUTANTS
 from parity_tests.mutants.cases import CASES
 from parity_tests.torch_twice import UNHARMED, Other, torch_twice
 from twinformer.decoding import BeamConfig, SamplingConfig, StopConfig
-from twinformer.parity import philox, random_case
+from twinformer.parity import philox, random_case, writing_checks
 from twinformer.parity import sampling_reference as reference
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import beams, sampling
@@ -216,6 +216,26 @@ def test_both_twins_search_alike():
 def test_other_models_write_as_the_reference_has_it(rung, name, changes):
     found = rung.check(torch_twice(small(name, **changes)))
     assert found.verdict == "agree", found.problems
+
+
+@pytest.mark.parametrize(("rung", "searches"), [(sampling, 0), (beams, 5)])
+def test_what_both_twins_are_held_against_is_computed_once(rung, searches, monkeypatch):
+    """Where the texts end, and every search by hand."""
+    asked = {"with_ends": 0, "by_hand": 0}
+
+    def counted(name):
+        ask = getattr(writing_checks, name)
+
+        def counting(*arguments):
+            asked[name] += 1
+            return ask(*arguments)
+
+        return counting
+
+    for name in asked:
+        monkeypatch.setattr(writing_checks, name, counted(name))
+    assert rung.check(Evidence(small("textbook-decoder"), (TorchTwin(), Other()))).verdict == "agree"
+    assert asked == {"with_ends": 1, "by_hand": searches}
 
 
 @pytest.mark.parametrize("rung", [sampling, beams])
