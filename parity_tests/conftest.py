@@ -48,7 +48,7 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_finish(session):
-    """What was imported stays: Python's collector, which took every tenth second here, need not look through it, and
+    """What was imported stays: Python's collector, which took one second in ten, need not look through it, and
     looks through what has lived for long less often."""
     gc.collect()
     gc.freeze()
