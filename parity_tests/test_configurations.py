@@ -36,8 +36,7 @@ def outcome(twin, case, *, config=None, change=lambda values: values, instead=No
 @pytest.mark.parametrize(
     "case", [*CASES, *REGRESSIONS.values()], ids=[*(f"{i:03}" for i in range(len(CASES))), *REGRESSIONS]
 )
-def test_twins_agree_on(case, without_shape_hook):
-    """Shapes are checked where hypothesis looks, below."""
+def test_twins_agree_on(case):
     assert_outcomes_close(outcome(FLAX, case), outcome(TORCH, case))
 
 

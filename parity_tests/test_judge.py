@@ -28,14 +28,16 @@ def small(name: str, length: int = 12):
 
 
 #: every preset on these, some on rungs that look at what is their own besides; all rungs of a trained encoder are what
-#: ``make parity`` judges, of a decoder ``test_cli.py``, of every preset ``make presets``. Poison in other presets is in
-#: ``test_rungs.py``, the precision of what was trained like Llama and GPT-2 in ``test_real_weights.py``
+#: ``make parity`` judges, of a decoder ``test_cli.py``, of every preset ``make presets``. Poison in the others is in
+#: ``test_rungs.py``, in rows of twelve tokens
 EVERYWHERE = ("parameters", "forward", "gradients")
 MORE = {
+    "textbook-encoder": ("nonfinite",),
     "textbook-decoder": ("nonfinite",),
     "gpt2": ("nonfinite",),
+    "llama": ("precision", "decoding"),
     "gemma": ("nonfinite", "precision"),
-    "llama": ("decoding",),
+    "bert": ("precision",),
     "t5": ("precision",),
 }
 

@@ -261,7 +261,21 @@ def twinformer(*arguments, **environment):
 
 def here(*arguments):
     """Without a process of its own, for what ends before anything is planted."""
-    return CliRunner().invoke(app, ["mutants", *arguments], env={"COLUMNS": "160"})
+
+    def run(chosen, jobs):
+        assert not chosen, "something would be planted"
+        yield from ()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mutation_workers, "run", run)
+        done = CliRunner().invoke(app, ["mutants", *arguments], env={"COLUMNS": "160"})
+    assert "would be planted" not in done.output
+    return done
+
+
+def test_what_would_be_planted_is_noticed():
+    with pytest.raises(AssertionError, match="would be planted"):
+        here("G4")
 
 
 def test_some_faults_are_found_and_named(tmp_path):
@@ -289,7 +303,9 @@ def test_unknown_ids_are_one_message_that_names_all():
     assert "B1" in done.stderr
     assert "'A7'" not in done.stderr
     assert "Traceback" not in done.stderr
-    assert here("--twin", "jax").exit_code == 2
+    refused = here("--twin", "jax")
+    assert refused.exit_code == 2
+    assert "--twin: expected one of" in refused.stderr
 
 
 def test_an_entry_that_does_not_apply_says_why():

@@ -9,11 +9,12 @@ import flax_impl
 import torch_impl
 from parity_tests.mutants import MUTANTS
 from parity_tests.mutants.cases import CASES
-from parity_tests.torch_twice import UNHARMED, Other, torch_twice
+from parity_tests.torch_twice import UNHARMED, Other, Second, torch_twice
 from twinformer.parity import random_case
 from twinformer.parity.decoding_runs import PADDINGS, plan_for
 from twinformer.parity.evidence import Evidence
 from twinformer.parity.rungs import decoding
+from twinformer.parity.twins import TorchTwin
 from twinformer.presets import preset
 
 # checks of shapes at every call, which other tests make, take most of the time here
@@ -89,7 +90,7 @@ def test_both_twins_decode_in_steps():
     ],
 )
 def test_other_models_decode_in_steps(name, changes):
-    rung = decoding.check(torch_twice(small(name, **changes)))
+    rung = decoding.check(Evidence(small(name, **changes), (TorchTwin(), Second())))
     assert rung.verdict == "agree", rung.problems
 
 
@@ -173,7 +174,7 @@ class Shifts(Other):
     """All that it decodes is off by a share of its scale, in one cell."""
 
     def __init__(self, share):
-        super().__init__()
+        super().__init__(UNHARMED)
         self.share = share
 
     def once(self, what, case, ask):

@@ -10,7 +10,7 @@ import pytest
 import torch_impl
 from parity_tests.mutants import MUTANTS
 from parity_tests.mutants.cases import CASES
-from parity_tests.torch_twice import UNHARMED, Other, torch_twice
+from parity_tests.torch_twice import UNHARMED, Other, Second, torch_twice
 from twinformer.decoding import BeamConfig, SamplingConfig, StopConfig
 from twinformer.parity import philox, random_case, writing_checks
 from twinformer.parity import sampling_reference as reference
@@ -234,7 +234,7 @@ def test_what_both_twins_are_held_against_is_computed_once(rung, searches, monke
 
     for name in asked:
         monkeypatch.setattr(writing_checks, name, counted(name))
-    assert rung.check(Evidence(small("textbook-decoder"), (TorchTwin(), Other()))).verdict == "agree"
+    assert rung.check(Evidence(small("textbook-decoder"), (TorchTwin(), Second()))).verdict == "agree"
     assert asked == {"with_ends": 1, "by_hand": searches}
 
 
@@ -374,7 +374,7 @@ class Changed(Other):
     """What it wrote, or found, is changed afterwards."""
 
     def __init__(self, what, change):
-        super().__init__()
+        super().__init__(UNHARMED)
         self.what, self.change = what, change
 
     def once(self, what, case, ask):

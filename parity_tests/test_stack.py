@@ -418,7 +418,7 @@ def test_each_block_has_its_own_masks(twin):
 
 @pytest.mark.parametrize(("twin", "call"), [(TORCH, torch_compiled), (FLAX, jitted)], ids=["torch", "flax"])
 def test_eager_is_compiled(twin, call):
-    stack = stack_of(twin, config_of(**RICH, remat=True), causal=True, cross_attention=True, num_layers=1)
+    stack = stack_of(twin, config_of(**RICH, remat=True), causal=True, cross_attention=True)
     scatter_parameters(stack, 30)
     inputs = {"X": twin.array(random_array(19, B, T, 12)), "H_enc": twin.array(random_array(20, B, S, 12))}
     assert_close(call(stack, **inputs, rng=twin.key(4)), stack(**inputs, rng=twin.key(4)))

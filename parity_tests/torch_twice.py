@@ -4,16 +4,17 @@ from twinformer.parity.evidence import Evidence
 from twinformer.parity.remembered import Remembered
 from twinformer.parity.twins import TorchTwin
 
-#: what it answers without a fault serves all tests of a file
+#: serves every test that plants no fault in PyTorch's twin: it would answer as it did without
 UNHARMED = Remembered(TorchTwin())
 
 
 class Other:
-    """The first twin under another name. What that answered is not computed again: it is wrong where that is wrong."""
+    """The first twin under another name. What that answered is not computed again: it is wrong where that is wrong, and
+    a difference from one run to the next does not show."""
 
     name = "other"
 
-    def __init__(self, first=UNHARMED):
+    def __init__(self, first):
         self.first = first
 
     def once(self, what, case, ask):
@@ -27,3 +28,9 @@ def torch_twice(case):
     """Both as they are now, planted faults included."""
     first = Remembered(TorchTwin())
     return Evidence(case, (first, Other(first)))
+
+
+class Second(TorchTwin):
+    """One that computes everything itself."""
+
+    name = "other"

@@ -57,10 +57,6 @@ class Evidence:
         first, second = (self._run(twin, dtype, kept, gradients, precision, variant, draw) for twin in self.twins)
         return first, second
 
-    def run(self, twin: Twin, dtype: DType, *, gradients: bool = False) -> Run:
-        """One twin's among ``runs``, without the other's."""
-        return self._run(twin, dtype, dtype, gradients, "highest")
-
     def noise(self, *, gradients: bool = False, draws: int = 1) -> list[dict[str, float]]:
         """How far each twin is, in float64, from itself in another order, by the names of ``tensors_of``.
 

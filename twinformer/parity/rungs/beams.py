@@ -25,13 +25,14 @@ def check(evidence: Evidence) -> Rung:
     comparisons = []
     problems: Problems = {}
     hypotheses = tokens = 0
-    twins = (Remembered(evidence.twins[0]), evidence.twins[1])  # the second is held against what the first gives
+    twins = (Remembered(evidence.twins[0]), evidence.twins[1])  # both are held against what the first gives
     for twin in twins:
         evidence.progress(f"{twin.name}: beam search")
         wrong, count = searched(twin, twins[0], case, writing)
         add(problems, twin.name, wrong)
         hypotheses += count
         evidence.progress(f"{twin.name}: greedy, as streams, and scored")
+        # first: what is asked below of a twin that remembers is not written again, and a generator has to write twice
         figures, wrong, count = written(twin, twins[0], case, writing, "greedy")
         comparisons += figures
         add(problems, twin.name, wrong)

@@ -54,7 +54,7 @@ def check(evidence: Evidence) -> Rung:
     comparisons: list[Comparison] = []
     problems: Problems = {}
     tokens = 0
-    twins = (Remembered(evidence.twins[0]), evidence.twins[1])  # the second is held against what the first gives
+    twins = (Remembered(evidence.twins[0]), evidence.twins[1])  # both are held against what the first gives
     for twin in twins:
         evidence.progress(f"{twin.name}: definitions of sampling")
         figures, wrong = definitions(twin, case)
