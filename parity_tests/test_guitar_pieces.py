@@ -21,9 +21,13 @@ from twinformer.data.guitar.pieces import (
     with_licence,
 )
 from twinformer.data.guitar.tokens import (
+    PITCHES,
     count_notes,
+    exchanged,
     mend,
     note_vocabulary,
+    paced,
+    paces,
     parse,
     piece_of,
     read_pieces,
@@ -203,6 +207,109 @@ def test_transposition_moves_pitches_and_nothing_else():
         transpose(low, -3)
 
 
+# ---- other note values
+
+
+def test_notes_twice_as_long_are_the_same_music():
+    ids = WORDS.encode(WALTZ.split())
+    slow = " ".join(WORDS.decode(paced(ids, 2.0)))
+    assert slow == WALTZ.replace("TS=3_8", "TS=3_4").replace("TD=12", "TD=24").replace("TD=6 ", "TD=12 ")
+    assert np.array_equal(paced(paced(ids, 2.0), 0.5), ids)
+    piece, other = piece_of(WALTZ.split()), piece_of(slow.split())
+    assert other.time_signature == (3, 4)
+    assert other.notes == tuple(Note(2 * note.start, note.pitch, 2 * note.duration) for note in piece.notes)
+    assert other.end == 2 * piece.end
+
+
+@pytest.mark.parametrize(
+    ("signature", "wait", "possible"),
+    [
+        ("2_4", 12, (0.5, 2.0)),
+        ("2_4", 3, (2.0,)),  # a half of an odd number
+        ("2_4", 50, (0.5,)),  # longer than the longest wait
+        ("2_4", 96, (0.5,)),
+        ("2_16", 12, (2.0,)),
+        ("2_2", 12, (0.5,)),
+    ],
+)
+def test_pieces_that_cannot_be_written_otherwise(signature, wait, possible):
+    ids = WORDS.encode(f"PIECE_START TS={signature} BAR_START ON=60 TD={wait} OFF=60 BAR_END PIECE_END".split())
+    assert paces(ids) == possible
+    for factor in {0.5, 2.0} - set(possible):
+        with pytest.raises(InputError, match="times as long"):
+            paced(ids, factor)
+
+
+def test_pitches_are_exchanged_and_nothing_else():
+    chord = "PIECE_START TS=3_8 BAR_START ON=45 ON=64 TD=6 OFF=64 ON=66 TD=12 OFF=45 OFF=66 BAR_END PIECE_END"
+    ids = WORDS.encode(chord.split())
+    found = " ".join(WORDS.decode(exchanged(ids, lambda n: np.array([2, 0, 1])[:n])))
+    # 45 becomes 66, 64 becomes 45, 66 becomes 64; at once in rising order
+    assert found == ("PIECE_START TS=3_8 BAR_START ON=45 ON=66 TD=6 OFF=45 ON=64 TD=12 OFF=64 OFF=66 BAR_END PIECE_END")
+    assert np.array_equal(exchanged(ids, np.arange), ids)
+    nothing = WORDS.encode(["PIECE_START", "TS=2_4", "BAR_START", "TD=3", "BAR_END", "PIECE_END"])
+    assert np.array_equal(exchanged(nothing, np.arange), nothing)
+
+
+@mutopia
+def test_exchanged_pieces_are_pieces():
+    """Of the published ones: they read, and last as long; twice exchanged back they are what they were."""
+    rng = np.random.default_rng(3)
+    for tokens in published("valid")[:6]:
+        ids, order = WORDS.encode(tokens), rng.permutation(len(PITCHES))
+        ranks = [lambda n, o=order: np.argsort(np.argsort(o[:n])), lambda n, o=order: np.argsort(o[:n])]
+        other = exchanged(ids, ranks[0])
+        assert (other != ids).any()
+        assert np.array_equal(exchanged(other, ranks[1]), ids)
+        before, after = piece_of(tokens), piece_of(WORDS.decode(other))
+        assert sorted((n.start, n.duration) for n in before.notes) == sorted((n.start, n.duration) for n in after.notes)
+        assert {n.pitch for n in before.notes} == {n.pitch for n in after.notes}
+
+
+def test_a_share_of_the_pieces_is_varied():
+    pieces = [tune(5, 50), tune(5, 60), tuple(token.replace("TD=12", "TD=3") for token in tune(5, 65))]
+    options = {"context_length": 64, "batch_size": 3, "seed": 5}
+    data, plain = GuitarPieces(pieces, variety=0.4, **options), GuitarPieces(pieces, **options)
+    waits = [[wait_in(data.varied(epoch, piece)) for piece in range(3)] for epoch in range(400)]
+    assert {wait for row in waits for wait in row[:2]} == {6, 12, 24}
+    assert {row[2] for row in waits} == {3, 6}  # an odd number has no half
+    assert abs(np.mean([row[i] != 12 for row in waits for i in range(2)]) - 0.4) < 0.05
+    assert abs(np.mean([row[2] == 6 for row in waits]) - 0.2) < 0.05
+    assert any(row[0] != row[1] for row in waits)  # each piece by itself
+    assert {wait_in(plain.varied(epoch, 0)) for epoch in range(50)} == {12}
+    epoch = next(epoch for epoch, row in enumerate(waits) if row[0] == 24)
+    rows = data.batch(epoch * data.steps_per_epoch).inputs["tokens"].tolist()
+    expected = data.varied(epoch, 0)[:-1].tolist()
+    assert any(row[: len(expected)] == expected for row in rows)
+
+
+def wait_in(ids):
+    (wait,) = {token for token in WORDS.decode(ids) if token.startswith("TD=")}
+    return int(wait[3:])
+
+
+def test_pitches_are_exchanged_in_the_first_epochs():
+    scale = [f"ON={pitch} TD=6 OFF={pitch}" for pitch in (50, 53, 57, 62, 65, 69)]
+    piece = tuple(f"PIECE_START TS=2_4 BAR_START {' '.join(scale)} BAR_END PIECE_END".split())
+    options = {"context_length": 64, "batch_size": 1, "seed": 5, "transposition": 0}
+
+    def rises(data):
+        pitches = [
+            [int(token[3:]) for token in WORDS.decode(data.varied(epoch, 0)) if token.startswith("ON=")]
+            for epoch in range(300)
+        ]
+        return np.array([row == sorted(row) for row in pitches])
+
+    always, early = (
+        GuitarPieces([piece], exchange=0.5, **options),
+        GuitarPieces([piece], exchange=0.5, exchange_epochs=100, **options),
+    )
+    assert abs(rises(always).mean() - 0.5) < 0.08
+    assert np.array_equal(rises(early)[:100], rises(always)[:100])
+    assert rises(early)[100:].all()
+    assert rises(GuitarPieces([piece], **options)).all()
+
+
 # ---- windows
 
 
@@ -276,6 +383,12 @@ def test_wrong_arguments_of_the_data_set():
         GuitarPieces([(*tune(1)[:4], "TD=97", *tune(1)[5:])])
     with pytest.raises(InputError, match="pieces: expected at least one"):
         GuitarPieces([])
+    with pytest.raises(InputError, match=r"variety: expected a share from 0 to 1, got 1.5"):
+        GuitarPieces([tune(1)], variety=1.5)
+    with pytest.raises(InputError, match=r"variety: expected 0 without training, got 0.5"):
+        GuitarPieces([tune(1)], training=False, variety=0.5)
+    with pytest.raises(InputError, match=r"(?s)exchange: expected a share.*got -1.*exchange_epochs: .*got -2"):
+        GuitarPieces([tune(1)], exchange=-1, exchange_epochs=-2)
 
 
 def test_the_suggested_model():

@@ -375,6 +375,17 @@ def test_pieces_are_measured_while_the_model_learns_from_them(tmp_path, pieces, 
     assert found["adapting"] == "stride 32, learning_rate 0.0002, beta2 0.98, transposition 4"
 
 
+VARIED = {"variety": 0.5, "exchange": 0.25, "exchange_epochs": 3}
+
+
+@pytest.mark.parametrize("asked", [{}, VARIED], ids=["by default", "asked for"])
+def test_pieces_are_varied_for_training(tmp_path, pieces, asked):
+    _, data = opened(tmp_path, f"guitar:{pieces}", **asked)
+    plain = {"variety": 0.0, "exchange": 0.0, "exchange_epochs": None}
+    for part, wanted in ((data.train, plain | asked), (data.valid, plain)):
+        assert {name: getattr(part, name) for name in plain} == wanted
+
+
 def test_only_pieces_are_adapted_to(tmp_path, text):
     place = tmp_path / "run"
     good("train", "--out", place, "--data", f"text:{text}", *SMALL, "--length", "32")

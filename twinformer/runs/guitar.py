@@ -53,11 +53,19 @@ def tablature(options: RunOptions) -> RunData:
 
 
 def pieces(options: RunOptions, file: Path, place: Path) -> RunData:
-    """Pieces as note tokens, one a line; in training transposed at random."""
+    """Pieces as note tokens, one a line; in training transposed at random, and in other note values if asked."""
     B, T = options.batch_shape
     train, valid = own_pieces(options, file, place)
     aside = GuitarPieces(valid, context_length=T, batch_size=B, training=False, stride=T)
-    inside = GuitarPieces(train, context_length=T, batch_size=B, seed=options.seed)
+    inside = GuitarPieces(
+        train,
+        context_length=T,
+        batch_size=B,
+        seed=options.seed,
+        variety=options.variety or 0.0,
+        exchange=options.exchange,
+        exchange_epochs=options.exchange_epochs,
+    )
     proposed = suggested_decoder(T).to_dict()
     vocabulary = inside.vocabulary
     return RunData(

@@ -97,7 +97,18 @@ class RunOptions:
 
     variety: Annotated[
         float | None,
-        Told("Tablature: share of the training chords that are not the table's but varied or invented.", least=0),
+        Told(
+            "Tablature: share of the training chords that are not the table's but varied or invented. Pieces: share "
+            "of them that an epoch has in notes half or twice as long.",
+            least=0,
+        ),
+    ] = None
+    exchange: Annotated[
+        float,
+        Told("Pieces: share of them that an epoch has with their pitches exchanged for each other.", least=0),
+    ] = 0.0
+    exchange_epochs: Annotated[
+        int | None, Told("Pieces: the first epochs, in which pitches are exchanged; left out, all.", least=0)
     ] = None
 
     valid_every: Annotated[int, Told("Validate after so many steps.", least=1)] = 100
@@ -271,8 +282,10 @@ def _check_tables(problems: Problems, options: RunOptions) -> None:
             problems.found.extend(f"{table}.{problem}" for problem in error.problems)
         except TypeError as error:
             problems.add(f"{table}: expected values of the right kind, got: {error}")
-    if options.variety is not None and fits(options.variety, float):
-        problems.expect(options.variety <= 1, f"variety: expected a share from 0 to 1, got {options.variety}")
+    for name in ("variety", "exchange"):
+        value = getattr(options, name)
+        if value is not None and fits(value, float):
+            problems.expect(value <= 1, f"{name}: expected a share from 0 to 1, got {value}")
     for name in ("smoothing", "dropout"):
         value = getattr(options, name)
         if fits(value, float):

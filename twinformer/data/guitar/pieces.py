@@ -24,7 +24,10 @@ from twinformer.data.guitar.tokens import (
     PIECE_END,
     PIECE_START,
     count_notes,
+    exchanged,
     note_vocabulary,
+    paced,
+    paces,
     read_pieces,
     room,
     transpose,
@@ -125,14 +128,21 @@ def suggested_config(context_length: int = 256) -> ModelConfig:
     )
 
 
+def _share(dice: Dice) -> float:
+    return dice.below(1 << 20) / (1 << 20)
+
+
 class GuitarPieces:
     """Windows over pieces of note tokens, one piece a row: a ``twinformer.data.batch.Dataset``.
 
     With ``training`` each epoch takes as many windows from a piece as cover it, the first at its beginning, the last at
-    its end, those between shifted a little, and transposes the piece: both are functions of (seed, epoch, piece),
-    whatever the others are. Without it windows advance by ``stride`` (default T / 4) and a window counts only the
-    tokens that the one before it did not. Windows of pieces shorter than T are padded. The last batch is filled with
-    rows that do not count. Raises InputError for tokens outside the vocabulary and for every argument that is wrong.
+    its end, those between shifted a little, and transposes the piece. A share ``variety`` of the pieces, where they can
+    be, is written in notes half or twice as long; in the first ``exchange_epochs`` epochs (None: in all) a share
+    ``exchange`` has its pitches exchanged for each other, so that only the piece itself tells what may come. All are
+    functions of (seed, epoch, piece), whatever the others are.
+    Without it windows advance by ``stride`` (default T / 4) and a window counts only the tokens that the one before it
+    did not. Windows of pieces shorter than T are padded. The last batch is filled with rows that do not count. Raises
+    InputError for tokens outside the vocabulary and for every argument that is wrong.
     """
 
     def __init__(
@@ -144,6 +154,9 @@ class GuitarPieces:
         seed: int = 0,
         training: bool = True,
         transposition: int = TRANSPOSITION,
+        variety: float = 0.0,
+        exchange: float = 0.0,
+        exchange_epochs: int | None = None,
         stride: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -153,6 +166,13 @@ class GuitarPieces:
         problems.expect(T >= 2, f"context_length: expected at least 2, got {T}")
         problems.expect(batch_size >= 1, f"batch_size: expected at least 1, got {batch_size}")
         problems.expect(transposition >= 0, f"transposition: expected a whole number from 0, got {transposition}")
+        for what, share in (("variety", variety), ("exchange", exchange)):
+            problems.expect(0 <= share <= 1, f"{what}: expected a share from 0 to 1, got {share}")
+            problems.expect(training or not share, f"{what}: expected 0 without training, got {share}")
+        problems.expect(
+            exchange_epochs is None or exchange_epochs >= 0,
+            f"exchange_epochs: expected a whole number from 0, got {exchange_epochs}",
+        )
         problems.expect(stride is None or 1 <= stride <= T, f"stride: expected 1 to {T}, got {stride}")
         for number, tokens in enumerate(pieces):
             ends = len(tokens) >= 2 and tokens[0] == PIECE_START and tokens[-1] == PIECE_END
@@ -170,8 +190,10 @@ class GuitarPieces:
         self.pieces = [tuple(tokens) for tokens in pieces]
         self._ids = [self.vocabulary.encode(tokens) for tokens in self.pieces]
         self._moves = [room(ids, transposition if training else 0) for ids in self._ids]
+        self.variety, self.exchange, self.exchange_epochs = variety, exchange, exchange_epochs
         self._name = name or ("train" if training else "valid")
         self._epoch = functools.lru_cache(maxsize=2)(self._windows_of)
+        self._varied = functools.lru_cache(maxsize=2 * len(self.pieces))(self.varied)
 
     @property
     def part(self) -> Part:
@@ -202,7 +224,7 @@ class GuitarPieces:
         mask, real = (np.zeros((B, T), np.bool_) for _ in range(2))
         for b in range(B):
             piece, start, fresh = chosen[b if b < len(chosen) else 0]
-            ids = self.transposed(epoch, piece)[start : start + T + 1]
+            ids = self._varied(epoch, piece)[start : start + T + 1]
             n = len(ids) - 1
             tokens[b, :n], targets[b, :n], mask[b, :n] = ids[:-1], ids[1:], True
             real[b, fresh:n] = b < len(chosen)
@@ -212,9 +234,19 @@ class GuitarPieces:
         """By how many half-tones a piece is moved in an epoch."""
         return Dice(self.seed, f"transposition/{epoch}/{piece}").choice(self._moves[piece])
 
-    def transposed(self, epoch: int, piece: int) -> Ids:
+    def varied(self, epoch: int, piece: int) -> Ids:
         """The ids of a piece as they are in an epoch."""
-        return transpose(self._ids[piece], self.transposition(epoch, piece))
+        ids = transpose(self._ids[piece], self.transposition(epoch, piece))
+        if not self.variety and not self.exchange:
+            return ids
+        dice = Dice(self.seed, f"scramble/{epoch}/{piece}")
+        if (self.exchange_epochs is None or epoch < self.exchange_epochs) and _share(dice) < self.exchange:
+            ids = exchanged(ids, dice.permutation)
+        if self.variety:
+            drawn = _share(dice)
+            pace = 0.5 if drawn < self.variety / 2 else 2.0 if drawn < self.variety else 1.0
+            ids = paced(ids, pace) if pace in paces(ids) else ids
+        return ids
 
     @functools.cached_property
     def _windows_count(self) -> int:
@@ -241,7 +273,7 @@ class GuitarPieces:
         dice = Dice(self.seed, f"windows/{epoch}/{piece}")
         starts = [0]
         for i in range(1, count - 1):  # evenly spaced, then moved by less than half the space
-            shift = dice.below(1 << 20) / (1 << 20) - 0.5
+            shift = _share(dice) - 0.5
             starts.append(int((i + shift) * last / (count - 1)))
         return [(start, 0) for start in (starts if count == 1 else [*starts, last])]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +154,70 @@ def room(ids: npt.NDArray[np.int64], most: int) -> tuple[int, ...]:
     """The transpositions from −most to +most that keep a piece within the vocabulary."""
     used = np.unique(ids)
     return tuple(move for move in range(-most, most + 1) if (_moves(move)[used] >= 0).all())
+
+
+@functools.cache
+def _paces(factor: float) -> npt.NDArray[np.int64]:
+    """``[V]``: the id of each token where all lasts ``factor`` times as long, −1 where there is none."""
+    vocabulary = note_vocabulary()
+    table = np.arange(len(vocabulary))
+    for wait in range(1, LONGEST + 1):
+        other = f"TD={wait * factor:g}"
+        table[vocabulary.id(f"TD={wait}")] = vocabulary.id(other) if other in vocabulary else -1
+    for signature in TIME_SIGNATURES:
+        beats, _, unit = signature.partition("_")
+        other = f"TS={beats}_{int(unit) / factor:g}"
+        table[vocabulary.id(f"TS={signature}")] = vocabulary.id(other) if other in vocabulary else -1
+    table.setflags(write=False)
+    return table
+
+
+def paced(ids: npt.NDArray[np.int64], factor: float) -> npt.NDArray[np.int64]:
+    """``[T]`` ids of the same piece written in notes ``factor`` (1/2 or 2) times as long, its beats with them.
+
+    Raises InputError where the vocabulary has no such duration or time signature.
+    """
+    written = _paces(factor)[ids]
+    if (written < 0).any():
+        lost = note_vocabulary().decode(sorted(set(ids[written < 0].tolist())))
+        raise InputError("paced", [f"expected tokens that there are {factor:g} times as long, got {', '.join(lost)}"])
+    return written
+
+
+def paces(ids: npt.NDArray[np.int64]) -> tuple[float, ...]:
+    """Those of 1/2 and 2 in which a piece can be written."""
+    used = np.unique(ids)
+    return tuple(factor for factor in (0.5, 2.0) if (_paces(factor)[used] >= 0).all())
+
+
+@functools.cache
+def _sounds() -> npt.NDArray[np.int64]:
+    """``[V, 2]``: 1 for ``ON``, 2 for ``OFF``, 0 for all else; and the pitch."""
+    vocabulary = note_vocabulary()
+    table = np.zeros((len(vocabulary), 2), np.int64)
+    for kind, name in enumerate(("ON", "OFF"), start=1):
+        for pitch in PITCHES:
+            table[vocabulary.id(f"{name}={pitch}")] = kind, pitch
+    table.setflags(write=False)
+    return table
+
+
+def exchanged(ids: npt.NDArray[np.int64], order: Callable[[int], npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """``[T]`` ids of a piece with its n pitches exchanged for each other.
+
+    The i-th lowest becomes the ``order(n)[i]``-th lowest. What begins, or ends, at once stands in rising order
+    afterwards too.
+    """
+    vocabulary = note_vocabulary()
+    kinds, pitches = _sounds()[ids].T
+    used = np.unique(pitches[kinds > 0])
+    others = dict(zip(used.tolist(), used[order(len(used))].tolist(), strict=True))
+    out = ids.copy()
+    for kind, name in enumerate(("ON", "OFF"), start=1):
+        for pitch, other in others.items():
+            out[(kinds == kind) & (pitches == pitch)] = vocabulary.id(f"{name}={other}")
+    together = np.cumsum(np.diff(kinds, prepend=kinds[:1]) != 0)
+    return out[np.lexsort((np.where(kinds > 0, out, np.arange(len(out))), together))]
 
 
 def count_notes(tokens: Iterable[str]) -> int:
