@@ -53,7 +53,7 @@ def tablature(options: RunOptions) -> RunData:
 
 
 def pieces(options: RunOptions, file: Path, place: Path) -> RunData:
-    """Pieces as note tokens, one a line; in training transposed at random, and in other note values if asked."""
+    """Pieces as note tokens, one a line; in training transposed at random, and varied if asked."""
     B, T = options.batch_shape
     train, valid = own_pieces(options, file, place)
     aside = GuitarPieces(valid, context_length=T, batch_size=B, training=False, stride=T)

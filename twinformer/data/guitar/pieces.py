@@ -1,6 +1,7 @@
 """Solo guitar pieces for a decoder: windows of note tokens, attributions, and nats per note.
 
-Training: windows of T tokens, each piece transposed by −4 … +4 half-tones, drawn anew in each epoch.
+Training: windows of T tokens, each piece transposed by −4 … +4 half-tones, drawn anew in each epoch; if asked, some of
+them in other note values or with exchanged pitches.
 Measuring: every token but the first of each piece is predicted once, with at least ``T - stride`` tokens before it
 where the piece has them.
 """
@@ -129,6 +130,7 @@ def suggested_config(context_length: int = 256) -> ModelConfig:
 
 
 def _share(dice: Dice) -> float:
+    """A number from 0 to less than 1."""
     return dice.below(1 << 20) / (1 << 20)
 
 
@@ -140,9 +142,10 @@ class GuitarPieces:
     be, is written in notes half or twice as long; in the first ``exchange_epochs`` epochs (None: in all) a share
     ``exchange`` has its pitches exchanged for each other, so that only the piece itself tells what may come. All are
     functions of (seed, epoch, piece), whatever the others are.
-    Without it windows advance by ``stride`` (default T / 4) and a window counts only the tokens that the one before it
-    did not. Windows of pieces shorter than T are padded. The last batch is filled with rows that do not count. Raises
-    InputError for tokens outside the vocabulary and for every argument that is wrong.
+
+    Without ``training`` windows advance by ``stride`` (default T / 4) and a window counts only the tokens that the one
+    before it did not. Windows of pieces shorter than T are padded. The last batch is filled with rows that do not
+    count. Raises InputError for tokens outside the vocabulary and for every argument that is wrong.
     """
 
     def __init__(
