@@ -1,4 +1,6 @@
-"""Dynamic evaluation: a model learns from a piece while it predicts it, in both twins, and nothing from later on."""
+"""A piece read in several transpositions, and dynamic evaluation: a model learns from a piece while it predicts it, in
+both twins, and nothing from later on.
+"""
 
 import functools
 
@@ -8,10 +10,13 @@ import pytest
 import flax_impl
 import torch_impl
 from twinformer.config import ModelConfig
+from twinformer.data.batch import Batch
+from twinformer.data.guitar.pieces import GuitarPieces
 from twinformer.data.guitar.tokens import PITCHES, note_vocabulary, transpose
 from twinformer.errors import ConfigError, InputError
 from twinformer.initializers import initial_weights
-from twinformer.runs.adaptation import Adaptation, adapted_total, log_probabilities
+from twinformer.learning import Evaluation, TrainingConfig
+from twinformer.runs.adaptation import Adaptation, Reading, log_probabilities, read_total
 
 WORDS = note_vocabulary()
 PAD = WORDS.id("<pad>")
@@ -32,6 +37,7 @@ CONFIG = ModelConfig(
 )
 WEIGHTS = initial_weights(CONFIG, 3)
 ADAPTATION = Adaptation(stride=6, learning_rate=3e-3, transposition=2)
+STILL = Reading(stride=6, transposition=2)
 TWINS = {"torch": torch_impl, "flax": flax_impl}
 
 
@@ -44,14 +50,13 @@ TUNE = piece(*[60, 62, 64] * 6)
 
 
 @functools.cache
-def trainer_of(twin, adaptation=ADAPTATION):
+def trainer_of(twin, reading=ADAPTATION):
     """One for all tests: it keeps nothing but programs."""
-    return TWINS[twin].training.Trainer(CONFIG, adaptation.training())
+    return TWINS[twin].training.Trainer(CONFIG, reading.training())
 
 
-def said(twin, ids, adaptation=ADAPTATION, weights=WEIGHTS):
-    trainer = trainer_of(twin, adaptation)
-    return log_probabilities(trainer, weights, ids, adaptation, context_length=CONTEXT, pad_id=PAD)
+def said(twin, ids, reading=ADAPTATION):
+    return log_probabilities(trainer_of(twin, reading), WEIGHTS, ids, reading, context_length=CONTEXT, pad_id=PAD)
 
 
 def plain(ids, move=0):
@@ -76,10 +81,51 @@ def test_the_twins_adapt_alike():
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_without_steps_it_is_the_mean_over_the_transpositions(twin):
-    still = Adaptation(stride=ADAPTATION.stride, learning_rate=1e-300, transposition=2)
+def test_padding_that_comes_last_needs_no_mask(twin):
+    """Batches of pieces have none: loss, gradients and the step are what they are with one. Not so if it came first."""
+    data = GuitarPieces([tuple(WORDS.decode(piece(50, 57)))], context_length=CONTEXT, batch_size=2)
+    batch = data.batch(0)
+    real = batch.inputs["tokens"] != PAD
+    assert list(batch.inputs) == ["tokens"]
+    assert 0 < real[0].sum() < CONTEXT
+
+    def stepped(shift, mask):
+        tokens, targets, counts = (
+            np.roll(one, shift, 1) for one in (batch.inputs["tokens"], batch.targets, batch.real)
+        )
+        inputs = {"tokens": tokens} | ({"padding_mask": np.roll(real, shift, 1)} if mask else {})
+        trainer = TWINS[twin].training.Trainer(CONFIG, TrainingConfig())
+        state, found = trainer.step(trainer.init(WEIGHTS), [Batch(inputs, targets, counts)])
+        return trainer.weights(state) | {"loss": found.loss, "norm": found.gradient_norm}
+
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13)
+    with_mask, without = stepped(0, True), stepped(0, False)
+    for name, value in with_mask.items():
+        compare(without[name], value, err_msg=name)
+    first, unseen = stepped(CONTEXT - int(real[0].sum()), True), stepped(CONTEXT - int(real[0].sum()), False)
+    assert abs(first["loss"] - unseen["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("reading", [STILL, Adaptation(stride=6, learning_rate=1e-300, transposition=2)], ids=repr)
+def test_without_steps_it_is_the_mean_over_the_transpositions(twin, reading):
     wanted = np.logaddexp.reduce([plain(TUNE, move) for move in (-2, -1, 0, 1, 2)]) - np.log(5)
-    np.testing.assert_allclose(said(twin, TUNE, still), wanted, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(said(twin, TUNE, reading), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_of_the_piece_as_it_is_and_without_steps_it_is_what_the_model_says(twin):
+    """Windows that advance by one token are the same ones wherever a piece ends."""
+    pieces = [TUNE, piece(50, 57, 50)]
+    still = Reading(stride=1, transposition=0)
+    texts = [tuple(WORDS.decode(ids)) for ids in pieces]
+    data = GuitarPieces(texts, context_length=CONTEXT, batch_size=4, training=False, stride=1)
+    trainer = trainer_of(twin, still)
+    state, wanted = trainer.init(WEIGHTS), Evaluation()
+    for number in range(data.steps_per_epoch):
+        wanted += trainer.evaluate(state, data.batch(number))
+    found = read_total(trainer, WEIGHTS, pieces, still, context_length=CONTEXT, pad_id=PAD)
+    assert found == (pytest.approx(wanted.total, rel=1e-12), wanted.count)
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -91,13 +137,14 @@ def test_what_comes_again_is_learnt(twin):
     assert abs(found[:first].mean() - before[:first].mean()) < 0.2  # nothing has been learnt yet
 
 
+@pytest.mark.parametrize("reading", [STILL, ADAPTATION], ids=["still", "adapting"])
 @pytest.mark.parametrize("twin", TWINS)
 @pytest.mark.parametrize("place", [1, 7, 20, 41])
-def test_nothing_is_known_before_it_comes(twin, place):
+def test_nothing_is_known_before_it_comes(twin, place, reading):
     """Whatever stands from some place on, and whatever transpositions that leaves, nothing before it changes."""
     other = TUNE.copy()
     other[place:] = WORDS.id(f"ON={PITCHES[-1]}")
-    one, two = said(twin, TUNE), said(twin, other)
+    one, two = said(twin, TUNE, reading), said(twin, other, reading)
     np.testing.assert_array_equal(one[: place - 1], two[: place - 1])
     assert one[place - 1] != two[place - 1]
     assert np.isfinite(two).all()
@@ -107,8 +154,7 @@ def test_nothing_is_known_before_it_comes(twin, place):
 def test_a_transposition_that_the_vocabulary_lacks_has_no_say_after_it(twin):
     """The last pitch but one moves up by 1 but not by 2: that copy gives the first such token no chance."""
     high = piece(PITCHES[-1] - 1, PITCHES[-1] - 1)
-    still = Adaptation(stride=len(high), learning_rate=1e-300, transposition=2)
-    logs = said(twin, high, still)
+    logs = said(twin, high, Reading(stride=len(high), transposition=2))
     copies = np.array([plain_of(high, move) for move in (-2, -1, 0, 1)])
     both = np.logaddexp.reduce(copies)
     # TS, BAR_START come before any pitch: what the fifth copy says of them is that of one without pitches
@@ -133,7 +179,7 @@ def test_every_piece_begins_with_the_weights_as_they_were(twin):
     trainer = trainer_of(twin)
     heard = []
     pieces = [TUNE, piece(50, 57, 50), TUNE]
-    nats, count = adapted_total(
+    nats, count = read_total(
         trainer, WEIGHTS, pieces, ADAPTATION, context_length=CONTEXT, pad_id=PAD, tell=lambda *seen: heard.append(seen)
     )
     apart = [said(twin, ids) for ids in pieces]
@@ -144,6 +190,8 @@ def test_every_piece_begins_with_the_weights_as_they_were(twin):
 def test_what_cannot_be():
     with pytest.raises(InputError, match=r"(?s)2 problems.*stride: expected.*got 0.*transposition: expected.*got -1"):
         Adaptation(stride=0, transposition=-1)
+    with pytest.raises(InputError, match=r"(?s)^Reading.*2 problems.*stride: expected.*transposition: expected"):
+        Reading(stride=0, transposition=-1)
     with pytest.raises(ConfigError, match="peak: expected a positive number, got 0"):
         Adaptation(learning_rate=0)
     with pytest.raises(ConfigError, match="beta2"):

@@ -316,11 +316,7 @@ def test_pitches_are_exchanged_in_the_first_epochs():
 def covered(data):
     """How often each target of each piece is counted, by the piece's own tokens, in one epoch without shuffling."""
     batches = [data.batch(step) for step in range(data.steps_per_epoch)]
-    return [
-        row
-        for b in batches
-        for row in zip(b.inputs["tokens"], b.targets, b.real, b.inputs["padding_mask"], strict=True)
-    ]
+    return [row for b in batches for row in zip(b.inputs["tokens"], b.targets, b.real, strict=True)]
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
@@ -329,8 +325,11 @@ def test_measuring_counts_every_token_once_with_enough_before_it(stride):
     data = GuitarPieces(pieces, context_length=8, batch_size=3, training=False, stride=stride)
     found = []
     counted = []
-    for tokens, targets, real, mask in covered(data):
-        assert np.array_equal(tokens[1:][mask[1:]], targets[:-1][mask[1:]])  # each target is the next token
+    for tokens, targets, real in covered(data):
+        seen = int((tokens != data.pad_id).sum())
+        assert (tokens[seen:] == data.pad_id).all()  # padding comes last
+        assert np.array_equal(tokens[1:seen], targets[: seen - 1])  # each target is the next token
+        assert not real[seen:].any()
         places = real.nonzero()[0]
         found += targets[real].tolist()
         if len(places) and tokens[0] != data.begin_id:
@@ -491,6 +490,46 @@ def test_an_adapting_n_gram_by_hand():
     )
     with pytest.raises(InputError, match=r"orders: expected 1 <= first <= last, got \(3, 2\)"):
         model.adapting(ids(0, 1), orders=(3, 2))
+
+
+HIGH = PITCHES[-1]
+
+
+def noted(*pitches):
+    return WORDS.encode(["PIECE_START", "TS=4_4", "BAR_START", *(f"ON={pitch}" for pitch in pitches)])
+
+
+def test_an_n_gram_reads_a_piece_in_several_transpositions():
+    """One that the vocabulary cannot spell gives the first such token no chance, and has no say in what follows."""
+    model = NGram([noted(60, 64, 67, 62), noted(HIGH, HIGH - 4, 60)], len(WORDS), 3, "kneser-ney")
+    middle = noted(60, 62, 64, 60)
+    copies = [model.probabilities(transpose(middle, move)) for move in (-2, -1, 0, 1, 2)]
+    np.testing.assert_allclose(model.transposed(middle, 2), np.mean(copies, 0), rtol=1e-13)
+    np.testing.assert_allclose(model.transposed(middle, 0), model.probabilities(middle), rtol=1e-13)
+    high = noted(60, HIGH, 62)  # the last but one cannot be moved up
+    down = np.array([model.probabilities(transpose(high, move)) for move in (-1, 0)])
+    up = model.probabilities(transpose(high[:-2], 1))
+    wanted = [*np.mean([*down[:, :3], up], 0), down[:, 3].sum() / 3, down[:, 4].sum() / 2]
+    np.testing.assert_allclose(model.transposed(high, 1), wanted, rtol=1e-13)
+    for read in (lambda ids: model.transposed(ids, 3), lambda ids: model.adapting(ids, (2, 3), transposition=3)):
+        every = [read(np.append(middle, token))[-1] for token in range(len(WORDS))]
+        assert 0.95 < sum(every) <= 1 + 1e-12  # some tokens cannot be spelt in every copy
+    total, count = model.total([middle, high], transposition=2)
+    assert total == pytest.approx(-sum(np.log(model.transposed(one, 2)).sum() for one in (middle, high)))
+    assert count == len(middle) + len(high) - 2
+
+
+def test_an_adapting_n_gram_may_read_several_transpositions():
+    """What the piece says is laid over the mean of them: the third 60 has followed a 62 once, and nothing else has."""
+    model = NGram([noted(60, 64, 67, 62), noted(67, 69)], len(WORDS), 3)
+    piece = noted(60, 62, 60, 62, 60)
+    before = model.transposed(piece, 4)
+    found = model.adapting(piece, (2, 2), transposition=4)
+    np.testing.assert_allclose(found[:5], before[:5], rtol=1e-13)
+    np.testing.assert_allclose(found[5:], (1 + before[5:]) / 2, rtol=1e-13)
+    assert not np.isclose(before, model.probabilities(piece))[2:].any()
+    total, count = model.total([piece], adapting=True, transposition=4)
+    assert (total, count) == (pytest.approx(-np.log(model.adapting(piece, transposition=4)).sum()), 7)
 
 
 def test_an_adapting_n_gram_adds_up_to_one():

@@ -15,6 +15,7 @@ from rich.console import Console
 from parity_tests.numpy_trainer import NumpyTrainer, Tokens, in_memory, tiny_config
 from twinformer.checkpoint import write_model
 from twinformer.config import ModelConfig
+from twinformer.data.batch import Batch
 from twinformer.errors import CheckpointError, ConfigError
 from twinformer.initializers import initial_weights
 from twinformer.learning import Metrics
@@ -31,6 +32,7 @@ from twinformer.runs.model import model_config
 from twinformer.runs.options import RunOptions, assignments, merge, read_toml, resumed
 from twinformer.runs.screen import Screen
 from twinformer.runs.signals import Signals
+from twinformer.runs.speed import real_tokens
 
 USUAL = {"steps": 12, "accumulation": 2, "valid_every": 3, "save_every": 4, "log_every": 5, "schedule": {"peak": 0.5}}
 
@@ -612,6 +614,17 @@ def test_operations_are_those_that_pytorch_counts(name, choices):
         hidden = config.num_layers * 2 * B * config.num_heads * (config.key_dim + config.value_dim) * pairs
     assert forward_flops(config, inputs) + hidden == counter.get_total_flops()
     assert training_flops(config, inputs) == 3 * forward_flops(config, inputs)
+
+
+def test_tokens_are_counted_without_padding():
+    """By the mask, by segments, or, where a row has neither, up to the last target that counts."""
+    tokens = np.ones((3, 5), np.int64)
+    real = np.array([[0, 1, 1, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], np.bool_)
+    assert real_tokens(Batch({"tokens": tokens}, tokens, real)) == 3 + 5 + 0
+    assert real_tokens(Batch({"tokens": tokens, "padding_mask": ~real}, tokens, real)) == 12
+    assert real_tokens(Batch({"tokens": tokens, "segments": tokens * [1, 1, 2, 2, 0]}, tokens, real)) == 12
+    pair = {"source": tokens, "source_padding_mask": real, "target": tokens}
+    assert real_tokens(Batch(pair, tokens, real)) == 3 + 15
 
 
 def _weights(config):

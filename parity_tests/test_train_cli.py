@@ -20,9 +20,12 @@ from twinformer.checkpoint import read_config, read_model, write_model
 from twinformer.cli import app
 from twinformer.data.guitar.arpeggio import score, sequences
 from twinformer.data.guitar.baselines import lowest_fret
+from twinformer.data.guitar.pieces import load_pieces
+from twinformer.data.guitar.tokens import note_vocabulary
 from twinformer.initializers import initial_weights
 from twinformer.presets import preset
 from twinformer.runs import backends, session
+from twinformer.runs.adaptation import Reading, read_total
 from twinformer.runs.data import KINDS, open_data, with_defaults
 from twinformer.runs.evaluate import evaluate
 from twinformer.runs.log import read_metrics
@@ -372,7 +375,25 @@ def test_pieces_are_measured_while_the_model_learns_from_them(tmp_path, pieces, 
     values = {(one["system"], one["name"]): one["value"] for one in found["measures"]}
     assert values["model, adapting", "nats per token"] < values["model", "nats per token"]
     assert values["7-gram, adapting", "nats per token"] != values["7-gram, Kneser-Ney", "nats per token"]
-    assert found["adapting"] == "stride 32, learning_rate 0.0002, beta2 0.98, transposition 4"
+    assert found["adapting"] == "stride 32, transposition 4, learning_rate 0.0002, beta2 0.98"
+
+
+def test_pieces_are_measured_in_several_transpositions_at_once(tmp_path, pieces):
+    place = tmp_path / "run"
+    good("train", "--out", place, "--data", f"guitar:{pieces}", *SMALL, "--length", "32")
+    good("evaluate", place, "--limit", "2", "--transposition", "3", "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["transposed"] == "stride 8, transposition 3"
+    subject, words = find(place), note_vocabulary()
+    reading = Reading(stride=8, transposition=3)
+    trainer = backends.make_trainer("torch", subject.config, reading.training())
+    kept = [words.encode(piece) for piece in load_pieces(place / "data" / "valid.txt")[:2]]
+    nats, count = read_total(
+        trainer, subject.weights, kept, reading, context_length=32, pad_id=words.id("<pad>"), tell=lambda *_: None
+    )
+    values = {(one["system"], one["name"]): one["value"] for one in found["measures"]}
+    assert values["model, transposed", "nats per token"] == nats / count != values["model", "nats per token"]
+    assert values["model, transposed", "nats per note"] == nats / found["notes"]
 
 
 VARIED = {"variety": 0.5, "exchange": 0.25, "exchange_epochs": 3}
@@ -386,10 +407,33 @@ def test_pieces_are_varied_for_training(tmp_path, pieces, asked):
         assert {name: getattr(part, name) for name in plain} == wanted
 
 
-def test_only_pieces_are_adapted_to(tmp_path, text):
+def test_what_cannot_be_varied_is_said_all_at_once(tmp_path, text, pieces):
+    place, asked = tmp_path / "run", ["--variety", "0.1", "--exchange", "0.2", "--exchange-epochs", "3"]
+    refused(
+        *("train", "--out", place, "--data", f"text:{text}", *asked),
+        words=[
+            "3 problems",
+            f"variety: expected none with data 'text:{text}' (it is for guitar-tab and guitar), got 0.1",
+            "exchange: expected none",
+            "exchange_epochs: expected none",
+        ],
+    )
+    refused("train", "--out", place, "--data", "guitar-tab", *asked[2:], words=["2 problems", "(it is for guitar)"])
+    refused(
+        *("train", "--out", place, "--data", f"guitar:{pieces}", "--exchange-epochs", "3"),
+        words=["exchange_epochs: expected a share to exchange with it (exchange), got 3 alone"],
+    )
+    assert [file.name for file in place.iterdir()] == [".lock"]
+
+
+def test_only_pieces_are_transposed_and_adapted_to(tmp_path, text):
     place = tmp_path / "run"
     good("train", "--out", place, "--data", f"text:{text}", *SMALL, "--length", "32")
-    refused("evaluate", place, "--adapt", words=["expected pieces (guitar:FILE), got data text:"])
+    wanted = "expected pieces (guitar:FILE), got data text:"
+    refused(
+        *("evaluate", place, "--adapt", "--transposition", "0"),
+        words=["2 problems", f"adapt: {wanted}", f"transposition: {wanted}"],
+    )
 
 
 def test_pairs_for_both_architectures(tmp_path, pairs):

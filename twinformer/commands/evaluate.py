@@ -29,6 +29,14 @@ def evaluate(
         typer.Option("--train", metavar="FILE", help="Pieces that n-gram baselines learn from, if the run has none."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many sequences, pieces or batches.")] = None,
+    transposition: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="HALF-TONES",
+            help="Pieces: measure also the mean of what the model says of them in so many half-tones up and down.",
+        ),
+    ] = None,
     adapt: Annotated[
         bool,
         typer.Option(
@@ -43,8 +51,9 @@ def evaluate(
     """Measure a trained model, beside what rules without learning reach, with 95 % intervals.
 
     Tablature: strings right per note and in whole sequences, beside the lowest fret and the cheapest path (Viterbi).
-    Pieces: nats per token and per note, beside n-grams; with --adapt also by dynamic evaluation. Texts, pairs, masked
-    texts: loss, perplexity, accuracy.
+    Pieces: nats per token and per note, beside n-grams; with --transposition 4 also read in nine transpositions at
+    once, as the n-grams learn them; with --adapt by dynamic evaluation. Texts, pairs, masked texts: loss, perplexity,
+    accuracy.
     """
     with told_plainly("nothing was measured"):
         check_writable({"--json": json_file})
@@ -70,6 +79,7 @@ def evaluate(
                 batch_size=batch_size,
                 train_file=train_file,
                 limit=limit,
+                transposition=transposition,
                 adaptation=Adaptation() if adapt else None,
                 tell=status.update,
             )

@@ -1,14 +1,13 @@
-"""Dynamic evaluation: a decoder learns from a piece while it predicts it.
+"""A decoder reads a piece in several transpositions at once, and may learn from it while it predicts it.
 
-Every token is predicted by a model that has seen only what stands before it: ``stride`` tokens are scored, then the
-model takes one step on the window that ends with them. Each piece begins with the weights as they were (Krause et al.
-2018, arXiv:1709.07432). The model reads the piece in several transpositions at once, learns from all of them, and what
-it says of a token is the mean of the probabilities that it gives in each.
+What it says of a token is the mean of the probabilities that it gives in each transposition. Dynamic evaluation (Krause
+et al. 2018, arXiv:1709.07432): ``stride`` tokens are scored, then the model takes one step on the window that ends with
+them, in all transpositions. Every token is predicted by a model that has seen only what stands before it, and each
+piece begins with the weights as they were.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twinformer.data.batch import Batch
-from twinformer.data.guitar.tokens import room, transpose
+from twinformer.data.guitar.transpositions import mixture, transpositions
 from twinformer.errors import InputError, Problems
 from twinformer.learning import OptimizerConfig, ScheduleConfig, Trainer, TrainingConfig
 
@@ -29,14 +28,12 @@ _LENGTHS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """How a model adapts: tokens from one step to the next, AdamW's rate and its mean of squares, and the
-    transpositions, from ``-transposition`` to ``+transposition`` half-tones.
+class Reading:
+    """How pieces are read: tokens from one window to the next, and the transpositions, from ``-transposition`` to
+    ``+transposition`` half-tones.
     """
 
-    stride: int = 32
-    learning_rate: float = 2e-4
-    beta2: float = 0.98
+    stride: int
     transposition: int = 4
 
     def __post_init__(self) -> None:
@@ -48,6 +45,22 @@ class Adaptation:
                 f"{name}: expected a whole number from {least}, got {value!r}",
             )
         problems.raise_if_any()
+
+    def training(self) -> TrainingConfig:
+        """Of the trainer that gives the probabilities."""
+        return TrainingConfig(dropout=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation(Reading):
+    """A reading with a step of learning after each stride: AdamW's rate and its mean of squares."""
+
+    stride: int = 32
+    learning_rate: float = 2e-4
+    beta2: float = 0.98
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.training()  # which judges the others
 
     def training(self) -> TrainingConfig:
@@ -63,36 +76,35 @@ def log_probabilities(
     trainer: Trainer,
     weights: Mapping[str, Any],
     ids: Ids,
-    adaptation: Adaptation,
+    reading: Reading,
     *,
     context_length: int,
     pad_id: int,
 ) -> Floats:
-    """``[n - 1]``: ln p of each token of a piece but the first. ``trainer``: one of ``adaptation.training()``."""
-    moves = range(-adaptation.transposition, adaptation.transposition + 1)
-    copies, reach = _copies(ids, moves, pad_id)
+    """``[n - 1]``: ln p of each token of a piece but the first. ``trainer``: one of ``reading.training()``.
+
+    A token has ``context_length - reading.stride`` tokens before it where the piece has them.
+    """
+    copies, reach = transpositions(ids, reading.transposition, pad_id=pad_id)
     n = len(ids) - 1
     found = np.empty(n)
     state = trainer.init(weights)
-    for start in range(0, n, adaptation.stride):
-        end = min(start + adaptation.stride, n)
+    for start in range(0, n, reading.stride):
+        end = min(start + reading.stride, n)
         begin = max(0, end - context_length)
         window = _window(copies[:, begin : end + 1], reach - begin, context_length, pad_id)
         logs = np.asarray(trainer.log_probabilities(state, window), np.float64)[:, start - begin : end - begin]
-        places = np.arange(start, end)
-        # a copy that cannot spell a token gives it no chance, and has no say in what comes after it
-        logs = np.where(places + 1 < reach[:, None], logs, -np.inf)
-        found[start:end] = np.logaddexp.reduce(logs, 0) - np.log((places < reach[:, None]).sum(0))
-        if end < n:
+        found[start:end] = mixture(logs, reach, start=start)
+        if end < n and isinstance(reading, Adaptation):
             state, _ = trainer.step(state, [window])
     return found
 
 
-def adapted_total(
+def read_total(
     trainer: Trainer,
     weights: Mapping[str, Any],
     pieces: Sequence[Ids],
-    adaptation: Adaptation,
+    reading: Reading,
     *,
     context_length: int,
     pad_id: int,
@@ -102,32 +114,20 @@ def adapted_total(
     nats, count = 0.0, 0
     for number, ids in enumerate(pieces):
         tell(number, len(pieces))
-        logs = log_probabilities(trainer, weights, ids, adaptation, context_length=context_length, pad_id=pad_id)
+        logs = log_probabilities(trainer, weights, ids, reading, context_length=context_length, pad_id=pad_id)
         nats, count = nats - float(logs.sum()), count + len(logs)
     return nats, count
 
 
-def _copies(ids: Ids, moves: Sequence[int], pad_id: int) -> tuple[Ids, Ids]:
-    """``[moves, n]`` a piece in each transposition, and how many tokens of each the vocabulary holds; padding follows.
-
-    Nothing of a copy tells what comes later in the piece.
-    """
-    copies = np.full((len(moves), len(ids)), pad_id, np.int64)
-    reach = np.zeros(len(moves), np.int64)
-    for row, move in enumerate(moves):
-        lost = bisect.bisect_left(range(len(ids) + 1), True, key=lambda n: move not in room(ids[:n], abs(move)))
-        reach[row] = lost - 1
-        copies[row, : lost - 1] = transpose(ids[: lost - 1], move)
-    return copies, reach
-
-
 def _window(copies: Ids, reach: Ids, context_length: int, pad_id: int) -> Batch:
-    """Tokens and the next ones of all copies, padded in both directions; all that are there count."""
+    """Tokens and the next ones of all copies, padded in both directions; all that are there count.
+
+    Padding comes last, where a causal model cannot see it.
+    """
     unit = max(1, context_length // _LENGTHS)
     n = copies.shape[1] - 1
     length = min(-(-n // unit) * unit, context_length)
     tokens, targets = (np.full((len(copies), length), pad_id, np.int64) for _ in range(2))
     tokens[:, :n], targets[:, :n] = copies[:, :-1], copies[:, 1:]
-    places = np.arange(length)
-    is_token, is_target = (places + ahead < np.minimum(reach[:, None], n + ahead) for ahead in (0, 1))
-    return Batch({"tokens": tokens, "padding_mask": is_token}, targets, is_target)
+    is_target = np.arange(length) + 1 < np.minimum(reach[:, None], n + 1)
+    return Batch({"tokens": tokens}, targets, is_target)

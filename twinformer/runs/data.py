@@ -25,6 +25,8 @@ KINDS: dict[str, tuple[Architecture, ...]] = {
     "masked": ("encoder",),
 }
 _WITHOUT_FILE = ("guitar-tab",)
+#: options that vary what is learnt from -> the kinds that can be varied so
+_VARIED = {"variety": ("guitar-tab", "guitar"), "exchange": ("guitar",), "exchange_epochs": ("guitar",)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ def with_defaults(options: RunOptions) -> RunOptions:
         problems.expect(
             kind in _WITHOUT_FILE or Path(options.valid).is_file(), f"valid: expected a file, got {options.valid!r}"
         )
+    for name, kinds in _VARIED.items():
+        value = getattr(options, name)
+        wanted = f"{name}: expected none with data {options.data!r} (it is for {' and '.join(kinds)}), got {value}"
+        problems.expect(kind in kinds or not value, wanted)
+    problems.expect(
+        options.exchange > 0 or options.exchange_epochs is None or kind != "guitar",
+        f"exchange_epochs: expected a share to exchange with it (exchange), got {options.exchange_epochs} alone",
+    )
     problems.raise_if_any()
     options = options.with_defaults({"architecture": architecture, **_PROPOSED[kind]})
     assert options.steps is not None

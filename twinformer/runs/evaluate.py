@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from twinformer.data.batch import Dataset
-from twinformer.errors import ConfigError
+from twinformer.errors import ConfigError, Problems
 from twinformer.learning import Evaluation
 from twinformer.runs import backends, session
 from twinformer.runs.adaptation import Adaptation
@@ -28,14 +28,16 @@ def evaluate(
     batch_size: int = 32,
     train_file: Path | None = None,
     limit: int | None = None,
+    transposition: int | None = None,
     adaptation: Adaptation | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Measure a model. ``data`` None: that of its run, the part that it did not learn from.
 
     ``train_file``: what n-gram baselines learn from, where the model is of no run that says. ``limit``: so many
-    sequences, pieces or batches at most. ``adaptation``: pieces are also measured while the model learns from them;
-    ``tell`` hears how far that is. Raises ConfigError where the data does not fit the model.
+    sequences, pieces or batches at most. ``transposition``: pieces are also measured by the mean of what the model says
+    of them in so many half-tones up and down; ``adaptation``: while the model learns from them. ``tell`` hears how far
+    that is. Raises ConfigError where the data does not fit the model.
     """
     spec = data or (subject.options.data if subject.options is not None else None)
     if spec is None:
@@ -46,8 +48,10 @@ def evaluate(
         raise ConfigError(
             "data", [f"{spec}: expected a model that is one of {wanted}, got {subject.config.architecture!r}"]
         )
-    if adaptation is not None and kind != "guitar":
-        raise ConfigError("adapt", [f"expected pieces (guitar:FILE), got data {spec}"])
+    problems = Problems("evaluate", ConfigError)
+    for name, value in (("transposition", transposition), ("adapt", adaptation)):
+        problems.expect(value is None or kind == "guitar", f"{name}: expected pieces (guitar:FILE), got data {spec}")
+    problems.raise_if_any()
     backends.prepare((backend,), subject.config.param_dtype)
     report = Report(f"{subject.directory} on {spec}", {"data": spec, "backend": backend, "step": subject.step})
     if kind == "guitar-tab":
@@ -58,7 +62,7 @@ def evaluate(
         from twinformer.runs.evaluate_guitar import pieces
 
         place = None if data is None else file
-        pieces(report, subject, backend, batch_size, place, train_file, limit, adaptation, tell)
+        pieces(report, subject, backend, batch_size, place, train_file, limit, transposition, adaptation, tell)
     else:
         with tempfile.TemporaryDirectory(prefix="twinformer-") as scratch:
             dataset = _texts(kind, subject, None if data is None else file, Path(scratch), batch_size)

@@ -17,7 +17,7 @@ from twinformer.data.guitar.pieces import GuitarPieces, load_pieces
 from twinformer.data.guitar.tokens import count_notes
 from twinformer.errors import ConfigError
 from twinformer.runs import backends, session
-from twinformer.runs.adaptation import Adaptation, adapted_total
+from twinformer.runs.adaptation import Adaptation, Reading, read_total
 from twinformer.runs.guitar import predict
 from twinformer.runs.intervals import clustered, wilson
 from twinformer.runs.measures import Report
@@ -71,12 +71,14 @@ def pieces(
     file: Path | None,
     train_file: Path | None,
     limit: int | None,
+    transposition: int | None,
     adaptation: Adaptation | None,
     tell: Callable[[str], None],
 ) -> None:
     """Nats per token and per note, every token predicted once, beside n-grams of the training pieces.
 
-    With ``adaptation`` also of the model, and of the best n-gram, that learn from each piece as it is predicted.
+    With ``transposition`` also of the model, and of the best n-gram, that read each piece in so many half-tones up and
+    down at once; with ``adaptation`` also of both as they learn from each piece while they predict it.
     """
 
     own = None if subject.run is None else subject.run / session.DATA
@@ -97,18 +99,23 @@ def pieces(
     add("model", found.total, found.count)
     report.add("model", "accuracy per token", found.accuracy, share=True)
     ids = [data.vocabulary.encode(one) for one in pieces]
+    readings: dict[str, Reading] = {}
+    if transposition is not None:
+        readings["transposed"] = Reading(stride=data.stride, transposition=transposition)
     if adaptation is not None:
-        adapted = adapted_total(
-            backends.make_trainer(backend, subject.config, adaptation.training()),
+        readings["adapting"] = adaptation
+    for name, reading in readings.items():
+        read = read_total(
+            backends.make_trainer(backend, subject.config, reading.training()),
             subject.weights,
             ids,
-            adaptation,
+            reading,
             context_length=subject.config.context_length,
             pad_id=data.pad_id,
-            tell=lambda done, of: tell(f"adapting: {done} of {of} pieces are done"),
+            tell=lambda done, of, name=name: tell(f"{name}: {done} of {of} pieces are done"),  # type: ignore[misc]
         )
-        add("model, adapting", *adapted)
-        report.facts["adapting"] = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(adaptation).items())
+        add(f"model, {name}", *read)
+        report.facts[name] = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(reading).items())
     learnt = train_file or (own / "train.txt" if own is not None else None)
     if learnt is None:
         report.facts["baselines"] = "none: no training pieces are known"
@@ -118,5 +125,6 @@ def pieces(
         add(f"{n}-gram" if n > 1 else "unigram", *NGram(examples, data.vocab_size, n).total(ids))
     best = NGram(examples, data.vocab_size, 7, "kneser-ney")
     add("7-gram, Kneser-Ney", *best.total(ids))
-    if adaptation is not None:
-        add("7-gram, adapting", *best.total(ids, adapting=True))
+    for name, reading in readings.items():
+        is_adapting = isinstance(reading, Adaptation)
+        add(f"7-gram, {name}", *best.total(ids, transposition=reading.transposition, adapting=is_adapting))

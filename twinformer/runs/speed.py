@@ -39,7 +39,9 @@ class Speed:
 
 
 def real_tokens(batch: Batch) -> int:
-    """Tokens that go into the model, padding left out."""
+    """Tokens that go into the model, padding left out: with neither mask nor segments, what follows a row's last
+    target.
+    """
     total = 0
     for name, mask in (
         ("tokens", "padding_mask"),
@@ -52,6 +54,8 @@ def real_tokens(batch: Batch) -> int:
             total += int(batch.inputs[mask].sum())
         elif name == "tokens" and "segments" in batch.inputs:
             total += int(np.count_nonzero(batch.inputs["segments"]))
+        elif name == "tokens":
+            total += int(batch.real[:, ::-1].cumsum(1).astype(bool).sum())
         else:
             total += batch.inputs[name].size
     return total

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twinformer.data.guitar.tokens import room, transpose
+from twinformer.data.guitar.transpositions import mixture, transpositions
 from twinformer.errors import InputError, Problems
 
 Smoothing = Literal["witten-bell", "kneser-ney"]
@@ -89,8 +90,17 @@ class NGram:
             found = np.where(seen, mixed, found)
         return found
 
-    def adapting(self, ids: Ids, orders: tuple[int, int] = (4, 8)) -> Floats:
-        """``[T - 1]``: as ``probabilities``, then interpolated with what the piece itself has said before.
+    def transposed(self, ids: Ids, most: int) -> Floats:
+        """``[T - 1]``: the mean of the probabilities of a piece of note tokens moved by −most … +most half-tones."""
+        copies, reach = transpositions(ids, most, pad_id=0)
+        logs = np.full((len(copies), max(len(ids) - 1, 0)), -np.inf)
+        for row, (copy, length) in enumerate(zip(copies, reach, strict=True)):
+            logs[row, : max(length - 1, 0)] = np.log(self.probabilities(copy[:length]))
+        return np.exp(mixture(logs, reach))
+
+    def adapting(self, ids: Ids, orders: tuple[int, int] = (4, 8), *, transposition: int = 0) -> Floats:
+        """``[T - 1]``: as ``transposed`` (as ``probabilities`` by 0), then interpolated with what the piece itself has
+        said before.
 
         Of each order k from the first to the last of ``orders``, by Witten and Bell, with counts of the piece so far:
         ``(c(h, w) + u(h) P(w)) / (c(h) + u(h))``, P of the order below, at first that of the n-gram model.
@@ -100,7 +110,7 @@ class NGram:
             raise InputError("NGram.adapting", [f"orders: expected 1 <= first <= last, got {orders}"])
         counts: dict[tuple[int, ...], dict[int, int]] = {}
         text = tuple(int(token) for token in ids)
-        found = self.probabilities(ids)
+        found = self._read(ids, transposition)
         for place in range(1, len(text)):
             token, p = text[place], found[place - 1]
             contexts = [text[place - k + 1 : place] for k in range(first, min(last, place + 1) + 1)]
@@ -114,9 +124,15 @@ class NGram:
                 own[token] = own.get(token, 0) + 1
         return found
 
-    def total(self, pieces: Sequence[Ids], *, adapting: bool = False) -> tuple[float, int]:
+    def _read(self, ids: Ids, transposition: int) -> Floats:
+        return self.transposed(ids, transposition) if transposition else self.probabilities(ids)
+
+    def total(self, pieces: Sequence[Ids], *, transposition: int = 0, adapting: bool = False) -> tuple[float, int]:
         """Nats over all predicted tokens of the pieces, and their number."""
-        logs = [np.log(self.adapting(ids) if adapting else self.probabilities(ids)) for ids in pieces]
+        logs = [
+            np.log(self.adapting(ids, transposition=transposition) if adapting else self._read(ids, transposition))
+            for ids in pieces
+        ]
         return -float(sum(log.sum() for log in logs)), sum(map(len, logs))
 
 

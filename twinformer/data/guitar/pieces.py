@@ -144,8 +144,11 @@ class GuitarPieces:
     functions of (seed, epoch, piece), whatever the others are.
 
     Without ``training`` windows advance by ``stride`` (default T / 4) and a window counts only the tokens that the one
-    before it did not. Windows of pieces shorter than T are padded. The last batch is filled with rows that do not
-    count. Raises InputError for tokens outside the vocabulary and for every argument that is wrong.
+    before it did not. Windows of pieces shorter than T are padded at their end, without a mask: a causal model
+    sees nothing of what comes after a token, and attention under no mask but its own is faster. The last batch is
+    filled with rows that do not count.
+
+    Raises InputError for tokens outside the vocabulary and for every argument that is wrong.
     """
 
     def __init__(
@@ -224,14 +227,14 @@ class GuitarPieces:
         chosen = self._epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
         B, T = self.batch_size, self.context_length
         tokens, targets = (np.full((B, T), self.pad_id, np.int64) for _ in range(2))
-        mask, real = (np.zeros((B, T), np.bool_) for _ in range(2))
+        real = np.zeros((B, T), np.bool_)
         for b in range(B):
             piece, start, fresh = chosen[b if b < len(chosen) else 0]
             ids = self._varied(epoch, piece)[start : start + T + 1]
             n = len(ids) - 1
-            tokens[b, :n], targets[b, :n], mask[b, :n] = ids[:-1], ids[1:], True
+            tokens[b, :n], targets[b, :n] = ids[:-1], ids[1:]
             real[b, fresh:n] = b < len(chosen)
-        return Batch({"tokens": tokens, "padding_mask": mask}, targets, real)
+        return Batch({"tokens": tokens}, targets, real)
 
     def transposition(self, epoch: int, piece: int) -> int:
         """By how many half-tones a piece is moved in an epoch."""
