@@ -60,6 +60,7 @@ def _asked(flags: Mapping[str, Any], file: Path | None, sets: list[str] | None) 
 def _go(directory: Path | None, resume: Path | None, asked: dict[str, Any]) -> None:
     from twinformer.runs import session
     from twinformer.runs.backends import default_backend
+    from twinformer.runs.data import with_defaults
     from twinformer.runs.loop import DivergedError
     from twinformer.runs.options import RunOptions
     from twinformer.runs.screen import Screen
@@ -72,7 +73,8 @@ def _go(directory: Path | None, resume: Path | None, asked: dict[str, Any]) -> N
         place = resume
         session.read_run(place)
     else:
-        options = RunOptions.from_dict({"backend": default_backend(), **asked})
+        options = with_defaults(RunOptions.from_dict({"backend": default_backend(), **asked}))
+        options.training()  # what is wrong with it is said before there is a directory
         place = directory or _free(options.data)
     with session.locked(place):
         run = (
