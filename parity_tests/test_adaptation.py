@@ -148,13 +148,15 @@ def test_nothing_is_known_before_it_comes(twin, place, reading):
     np.testing.assert_array_equal(one[: place - 1], two[: place - 1])
     assert one[place - 1] != two[place - 1]
     assert np.isfinite(two).all()
+    assert (two < 0).all()
 
 
+@pytest.mark.parametrize("stride", [4, CONTEXT])
 @pytest.mark.parametrize("twin", TWINS)
-def test_a_transposition_that_the_vocabulary_lacks_has_no_say_after_it(twin):
+def test_a_transposition_that_the_vocabulary_lacks_has_no_say_after_it(twin, stride):
     """The last pitch but one moves up by 1 but not by 2: that copy gives the first such token no chance."""
     high = piece(PITCHES[-1] - 1, PITCHES[-1] - 1)
-    logs = said(twin, high, Reading(stride=len(high), transposition=2))
+    logs = said(twin, high, Reading(stride=stride, transposition=2))
     copies = np.array([plain_of(high, move) for move in (-2, -1, 0, 1)])
     both = np.logaddexp.reduce(copies)
     # TS, BAR_START come before any pitch: what the fifth copy says of them is that of one without pitches
@@ -172,6 +174,34 @@ def plain_of(ids, move):
     logits = model(torch_impl.weights._tensor(moved[None, :-1])).detach().numpy()[0]
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return logs[np.arange(len(ids) - 1), moved[1:]]
+
+
+def test_nothing_is_learnt_of_a_copy_that_was_lost():
+    """Every copy is learnt from up to the first token that it cannot spell, and never its padding."""
+    tune = piece(*[60, 62] * 3, PITCHES[-1] - 1, *[60, 62] * 3)  # +2 is lost at its ON, and so is no other
+    lost = 3 + 6 * 3  # its place in the piece
+    taught = []
+
+    class Recorded:
+        def __init__(self, trainer):
+            self.init, self.log_probabilities, self.trainer = trainer.init, trainer.log_probabilities, trainer
+
+        def step(self, state, batches):
+            taught.extend(batches)
+            return self.trainer.step(state, batches)
+
+    reading = Adaptation(stride=6, transposition=2)
+    trainer = Recorded(trainer_of("torch", reading))
+    log_probabilities(trainer, WEIGHTS, tune, reading, context_length=CONTEXT, pad_id=PAD)
+    assert len(taught) == -(-(len(tune) - 1) // 6) - 1
+    for number, batch in enumerate(taught):
+        end = 6 * (number + 1)
+        begin = max(0, end - CONTEXT)
+        for row, move in enumerate((-2, -1, 0, 1, 2)):
+            reach = min(end + 1, lost) if move == 2 else end + 1
+            wanted = tune[begin + 1 : reach]
+            found = batch.targets[row][batch.real[row]]
+            np.testing.assert_array_equal(found, transpose(wanted, move) if len(wanted) else [])
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -192,6 +222,10 @@ def test_what_cannot_be():
         Adaptation(stride=0, transposition=-1)
     with pytest.raises(InputError, match=r"(?s)^Reading.*2 problems.*stride: expected.*transposition: expected"):
         Reading(stride=0, transposition=-1)
+    with pytest.raises(InputError, match="transposition: expected a whole number from 0 to 76, got 77"):
+        Reading(stride=1, transposition=77)
+    with pytest.raises(InputError, match="stride: expected 1 to 16, got 17"):
+        said("torch", TUNE, Reading(stride=17, transposition=2))
     with pytest.raises(ConfigError, match="peak: expected a positive number, got 0"):
         Adaptation(learning_rate=0)
     with pytest.raises(ConfigError, match="beta2"):

@@ -20,12 +20,13 @@ from twinformer.checkpoint import read_config, read_model, write_model
 from twinformer.cli import app
 from twinformer.data.guitar.arpeggio import score, sequences
 from twinformer.data.guitar.baselines import lowest_fret
+from twinformer.data.guitar.ngram import NGram, augmented
 from twinformer.data.guitar.pieces import load_pieces
 from twinformer.data.guitar.tokens import note_vocabulary
 from twinformer.initializers import initial_weights
 from twinformer.presets import preset
 from twinformer.runs import backends, session
-from twinformer.runs.adaptation import Reading, read_total
+from twinformer.runs.adaptation import Adaptation, Reading, read_total
 from twinformer.runs.data import KINDS, open_data, with_defaults
 from twinformer.runs.evaluate import evaluate
 from twinformer.runs.log import read_metrics
@@ -379,21 +380,30 @@ def test_pieces_are_measured_while_the_model_learns_from_them(tmp_path, pieces, 
 
 
 def test_pieces_are_measured_in_several_transpositions_at_once(tmp_path, pieces):
+    """And adapting, in a context that is shorter than the stride of it would be; the n-gram does the same."""
     place = tmp_path / "run"
-    good("train", "--out", place, "--data", f"guitar:{pieces}", *SMALL, "--length", "32")
-    good("evaluate", place, "--limit", "2", "--transposition", "3", "--json", tmp_path / "found.json")
+    good("train", "--out", place, "--data", f"guitar:{pieces}", *SMALL, "--length", "16")
+    good("evaluate", place, "--limit", "2", "--transposition", "3", "--adapt", "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["transposed"] == "stride 8, transposition 3"
+    assert found["transposed"] == "stride 4, transposition 3"
+    assert found["adapting"] == "stride 16, transposition 4, learning_rate 0.0002, beta2 0.98"
     subject, words = find(place), note_vocabulary()
-    reading = Reading(stride=8, transposition=3)
-    trainer = backends.make_trainer("torch", subject.config, reading.training())
-    kept = [words.encode(piece) for piece in load_pieces(place / "data" / "valid.txt")[:2]]
-    nats, count = read_total(
-        trainer, subject.weights, kept, reading, context_length=32, pad_id=words.id("<pad>"), tell=lambda *_: None
+    learnt, kept = (
+        [words.encode(piece) for piece in load_pieces(place / "data" / f"{part}.txt")] for part in ("train", "valid")
     )
+    kept = kept[:2]
+    readings = {"transposed": Reading(stride=4, transposition=3), "adapting": Adaptation(stride=16)}
+    ngram = NGram(augmented(learnt), len(words), 7, "kneser-ney")
     values = {(one["system"], one["name"]): one["value"] for one in found["measures"]}
-    assert values["model, transposed", "nats per token"] == nats / count != values["model", "nats per token"]
-    assert values["model, transposed", "nats per note"] == nats / found["notes"]
+    for name, reading in readings.items():
+        trainer = backends.make_trainer("torch", subject.config, reading.training())
+        options = {"context_length": 16, "pad_id": words.id("<pad>")}
+        nats, count = read_total(trainer, subject.weights, kept, reading, **options)
+        assert values[f"model, {name}", "nats per token"] == nats / count != values["model", "nats per token"]
+        assert values[f"model, {name}", "nats per note"] == nats / found["notes"]
+        nats, count = ngram.total(kept, transposition=reading.transposition, adapting=name == "adapting")
+        assert values[f"7-gram, {name}", "nats per token"] == nats / count
+    assert len({value for (_, name), value in values.items() if name == "nats per token"}) == 9
 
 
 VARIED = {"variety": 0.5, "exchange": 0.25, "exchange_epochs": 3}
@@ -413,9 +423,9 @@ def test_what_cannot_be_varied_is_said_all_at_once(tmp_path, text, pieces):
         *("train", "--out", place, "--data", f"text:{text}", *asked),
         words=[
             "3 problems",
-            f"variety: expected none with data 'text:{text}' (it is for guitar-tab and guitar), got 0.1",
-            "exchange: expected none",
-            "exchange_epochs: expected none",
+            f"variety: expected 0 or nothing with data 'text:{text}' (it is for guitar-tab and guitar), got 0.1",
+            "exchange: expected 0 or nothing",
+            "exchange_epochs: expected 0 or nothing",
         ],
     )
     refused("train", "--out", place, "--data", "guitar-tab", *asked[2:], words=["2 problems", "(it is for guitar)"])
@@ -424,6 +434,18 @@ def test_what_cannot_be_varied_is_said_all_at_once(tmp_path, text, pieces):
         words=["exchange_epochs: expected a share to exchange with it (exchange), got 3 alone"],
     )
     assert not place.exists()
+    assert with_defaults(RunOptions(data=f"guitar:{pieces}", exchange_epochs=0)).exchange == 0
+
+
+@pytest.mark.parametrize("wrong", [["--heads", "3"], ["--start-from", "absent"], ["--batch-size", "0"]], ids=str)
+def test_what_did_not_become_a_run_leaves_nothing(tmp_path, text, wrong):
+    there = tmp_path / "there"
+    there.mkdir()
+    for place in (tmp_path / "run", there):
+        refused("train", "--out", place, "--data", f"text:{text}", *TEXT, *wrong, words=["expected"])
+    assert not (tmp_path / "run").exists()
+    assert there.is_dir()
+    good("train", "--out", there, "--data", f"text:{text}", *TEXT)
 
 
 def test_only_pieces_are_transposed_and_adapted_to(tmp_path, text):

@@ -33,15 +33,16 @@ def evaluate(
         int | None,
         typer.Option(
             min=0,
-            metavar="HALF-TONES",
-            help="Pieces: measure also the mean of what the model says of them in so many half-tones up and down.",
+            metavar="N",
+            help="Pieces: measure also the mean of what the model says of them moved by -N to +N half-tones.",
         ),
     ] = None,
     adapt: Annotated[
         bool,
         typer.Option(
             "--adapt",
-            help="Pieces: measure also the model that learns from each piece while it predicts it. Takes minutes.",
+            help="Pieces: measure also the model that learns from each piece, in nine transpositions, while it "
+            "predicts it. Takes minutes.",
         ),
     ] = False,
     json_file: Annotated[
@@ -60,7 +61,6 @@ def evaluate(
         from rich.table import Table
 
         from twinformer.errors import ConfigError
-        from twinformer.runs.adaptation import Adaptation
         from twinformer.runs.backends import default_backend
         from twinformer.runs.evaluate import evaluate as measure
         from twinformer.runs.measures import as_rows
@@ -80,7 +80,7 @@ def evaluate(
                 train_file=train_file,
                 limit=limit,
                 transposition=transposition,
-                adaptation=Adaptation() if adapt else None,
+                adapt=adapt,
                 tell=status.update,
             )
         rows = as_rows(report)

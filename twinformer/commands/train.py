@@ -6,6 +6,7 @@ Exit codes: 0 it came to its end, 1 it diverged, 2 it could not run, 130 and 143
 from __future__ import annotations
 
 import inspect
+import shutil
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from twinformer.commands.common import err, need, out, told_plainly
-from twinformer.errors import ConfigError
+from twinformer.errors import ConfigError, TwinformerError
 
 _TABLES = ("model", "optimizer", "schedule", "lora")
 
@@ -60,7 +61,6 @@ def _asked(flags: Mapping[str, Any], file: Path | None, sets: list[str] | None) 
 def _go(directory: Path | None, resume: Path | None, asked: dict[str, Any]) -> None:
     from twinformer.runs import session
     from twinformer.runs.backends import default_backend
-    from twinformer.runs.data import with_defaults
     from twinformer.runs.loop import DivergedError
     from twinformer.runs.options import RunOptions
     from twinformer.runs.screen import Screen
@@ -73,15 +73,20 @@ def _go(directory: Path | None, resume: Path | None, asked: dict[str, Any]) -> N
         place = resume
         session.read_run(place)
     else:
-        options = with_defaults(RunOptions.from_dict({"backend": default_backend(), **asked}))
-        options.training()  # what is wrong with it is said before there is a directory
+        options = RunOptions.from_dict({"backend": default_backend(), **asked})
         place = directory or _free(options.data)
+    is_new = not place.exists()
     with session.locked(place):
-        run = (
-            session.begin(options, place, screen=screen)
-            if resume is None
-            else session.go_on(place, asked, screen=screen)
-        )
+        try:
+            run = (
+                session.begin(options, place, screen=screen)
+                if resume is None
+                else session.go_on(place, asked, screen=screen)
+            )
+        except TwinformerError:
+            if is_new:  # it did not become a run, and takes no name from the next one
+                shutil.rmtree(place, ignore_errors=True)
+            raise
         screen.say(f"{place}: {_parameters(run)} on {run.options.data} with {' and '.join(run.trainers)}")
         signals = Signals()
         try:

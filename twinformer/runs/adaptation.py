@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twinformer.data.batch import Batch
+from twinformer.data.guitar.tokens import PITCHES
 from twinformer.data.guitar.transpositions import mixture, transpositions
 from twinformer.errors import InputError, Problems
 from twinformer.learning import OptimizerConfig, ScheduleConfig, Trainer, TrainingConfig
@@ -38,12 +39,11 @@ class Reading:
 
     def __post_init__(self) -> None:
         problems = Problems(type(self).__name__, InputError)
-        for name, least in (("stride", 1), ("transposition", 0)):
+        for name, least, most in (("stride", 1, None), ("transposition", 0, len(PITCHES) - 1)):
             value = getattr(self, name)
-            problems.expect(
-                isinstance(value, int) and value >= least,
-                f"{name}: expected a whole number from {least}, got {value!r}",
-            )
+            fits = isinstance(value, int) and least <= value and (most is None or value <= most)
+            upto = "" if most is None else f" to {most}"
+            problems.expect(fits, f"{name}: expected a whole number from {least}{upto}, got {value!r}")
         problems.raise_if_any()
 
     def training(self) -> TrainingConfig:
@@ -83,8 +83,11 @@ def log_probabilities(
 ) -> Floats:
     """``[n - 1]``: ln p of each token of a piece but the first. ``trainer``: one of ``reading.training()``.
 
-    A token has ``context_length - reading.stride`` tokens before it where the piece has them.
+    A token has ``context_length - reading.stride`` tokens before it where the piece has them. Raises InputError for a
+    stride that is longer than the context.
     """
+    if reading.stride > context_length:
+        raise InputError("log_probabilities", [f"stride: expected 1 to {context_length}, got {reading.stride}"])
     copies, reach = transpositions(ids, reading.transposition, pad_id=pad_id)
     n = len(ids) - 1
     found = np.empty(n)

@@ -75,10 +75,10 @@ def with_defaults(options: RunOptions) -> RunOptions:
         )
     for name, kinds in _VARIED.items():
         value = getattr(options, name)
-        wanted = f"{name}: expected none with data {options.data!r} (it is for {' and '.join(kinds)}), got {value}"
-        problems.expect(kind in kinds or not value, wanted)
+        wanted = f"expected 0 or nothing with data {options.data!r} (it is for {' and '.join(kinds)})"
+        problems.expect(kind in kinds or not value, f"{name}: {wanted}, got {value}")
     problems.expect(
-        options.exchange > 0 or options.exchange_epochs is None or kind != "guitar",
+        options.exchange > 0 or not options.exchange_epochs or kind != "guitar",
         f"exchange_epochs: expected a share to exchange with it (exchange), got {options.exchange_epochs} alone",
     )
     problems.raise_if_any()

@@ -12,7 +12,6 @@ from twinformer.data.batch import Dataset
 from twinformer.errors import ConfigError, Problems
 from twinformer.learning import Evaluation
 from twinformer.runs import backends, session
-from twinformer.runs.adaptation import Adaptation
 from twinformer.runs.data import KINDS, parse
 from twinformer.runs.intervals import wilson
 from twinformer.runs.measures import Report
@@ -29,14 +28,14 @@ def evaluate(
     train_file: Path | None = None,
     limit: int | None = None,
     transposition: int | None = None,
-    adaptation: Adaptation | None = None,
+    adapt: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Measure a model. ``data`` None: that of its run, the part that it did not learn from.
 
     ``train_file``: what n-gram baselines learn from, where the model is of no run that says. ``limit``: so many
-    sequences, pieces or batches at most. ``transposition``: pieces are also measured by the mean of what the model says
-    of them in so many half-tones up and down; ``adaptation``: while the model learns from them. ``tell`` hears how far
+    sequences, pieces or batches at most. ``transposition`` N: pieces are also measured by the mean of what the
+    model says of them moved by -N to +N half-tones; ``adapt``: while the model learns from them. ``tell`` hears how far
     that is. Raises ConfigError where the data does not fit the model.
     """
     spec = data or (subject.options.data if subject.options is not None else None)
@@ -49,8 +48,8 @@ def evaluate(
             "data", [f"{spec}: expected a model that is one of {wanted}, got {subject.config.architecture!r}"]
         )
     problems = Problems("evaluate", ConfigError)
-    for name, value in (("transposition", transposition), ("adapt", adaptation)):
-        problems.expect(value is None or kind == "guitar", f"{name}: expected pieces (guitar:FILE), got data {spec}")
+    for name, asked in (("transposition", transposition is not None), ("adapt", adapt)):
+        problems.expect(kind == "guitar" or not asked, f"{name}: expected pieces (guitar:FILE), got data {spec}")
     problems.raise_if_any()
     backends.prepare((backend,), subject.config.param_dtype)
     report = Report(f"{subject.directory} on {spec}", {"data": spec, "backend": backend, "step": subject.step})
@@ -62,7 +61,7 @@ def evaluate(
         from twinformer.runs.evaluate_guitar import pieces
 
         place = None if data is None else file
-        pieces(report, subject, backend, batch_size, place, train_file, limit, transposition, adaptation, tell)
+        pieces(report, subject, backend, batch_size, place, train_file, limit, transposition, adapt, tell)
     else:
         with tempfile.TemporaryDirectory(prefix="twinformer-") as scratch:
             dataset = _texts(kind, subject, None if data is None else file, Path(scratch), batch_size)

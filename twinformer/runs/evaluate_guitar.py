@@ -72,13 +72,13 @@ def pieces(
     train_file: Path | None,
     limit: int | None,
     transposition: int | None,
-    adaptation: Adaptation | None,
+    adapt: bool,
     tell: Callable[[str], None],
 ) -> None:
     """Nats per token and per note, every token predicted once, beside n-grams of the training pieces.
 
     With ``transposition`` also of the model, and of the best n-gram, that read each piece in so many half-tones up and
-    down at once; with ``adaptation`` also of both as they learn from each piece while they predict it.
+    down at once; with ``adapt`` also of both as they learn from each piece while they predict it.
     """
 
     own = None if subject.run is None else subject.run / session.DATA
@@ -102,8 +102,8 @@ def pieces(
     readings: dict[str, Reading] = {}
     if transposition is not None:
         readings["transposed"] = Reading(stride=data.stride, transposition=transposition)
-    if adaptation is not None:
-        readings["adapting"] = adaptation
+    if adapt:
+        readings["adapting"] = Adaptation(stride=min(Adaptation.stride, subject.config.context_length))
     for name, reading in readings.items():
         read = read_total(
             backends.make_trainer(backend, subject.config, reading.training()),

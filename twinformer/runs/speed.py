@@ -39,8 +39,8 @@ class Speed:
 
 
 def real_tokens(batch: Batch) -> int:
-    """Tokens that go into the model, padding left out: with neither mask nor segments, what follows a row's last
-    target.
+    """Tokens that go into the model, without padding. Where there is neither mask nor segments, padding is taken to be
+    all that follows a row's last target that counts.
     """
     total = 0
     for name, mask in (

@@ -128,8 +128,8 @@ def tokens_of(piece: Piece) -> tuple[str, ...]:
 
 
 @functools.cache
-def _moves(semitones: int) -> npt.NDArray[np.int64]:
-    """``[V]``: the id of each token after transposition, −1 where the vocabulary ends."""
+def moves(semitones: int) -> npt.NDArray[np.int64]:
+    """``[V]``: the id of each token of ``note_vocabulary`` after transposition, −1 where the vocabulary ends."""
     vocabulary = note_vocabulary()
     table = np.arange(len(vocabulary))
     for name in ("ON", "OFF"):
@@ -142,7 +142,7 @@ def _moves(semitones: int) -> npt.NDArray[np.int64]:
 
 def transpose(ids: npt.NDArray[np.int64], semitones: int) -> npt.NDArray[np.int64]:
     """``[T]`` ids of ``note_vocabulary`` with every pitch moved. Raises InputError where one leaves the vocabulary."""
-    moved = _moves(semitones)[ids]
+    moved = moves(semitones)[ids]
     if (moved < 0).any():
         lost = note_vocabulary().decode(sorted(set(ids[moved < 0].tolist())))
         wanted = f"pitches that stay within {PITCHES[0]} to {PITCHES[-1]} when moved by {semitones}"
@@ -153,7 +153,7 @@ def transpose(ids: npt.NDArray[np.int64], semitones: int) -> npt.NDArray[np.int6
 def room(ids: npt.NDArray[np.int64], most: int) -> tuple[int, ...]:
     """The transpositions from −most to +most that keep a piece within the vocabulary."""
     used = np.unique(ids)
-    return tuple(move for move in range(-most, most + 1) if (_moves(move)[used] >= 0).all())
+    return tuple(move for move in range(-most, most + 1) if (moves(move)[used] >= 0).all())
 
 
 @functools.cache

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
-
 import numpy as np
 import numpy.typing as npt
 
-from twinformer.data.guitar.tokens import room, transpose
+from twinformer.data.guitar.tokens import moves
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -19,14 +17,9 @@ def transpositions(ids: Ids, most: int, *, pad_id: int) -> tuple[Ids, Ids]:
 
     Nothing of a copy tells what comes later in the piece.
     """
-    moves = range(-most, most + 1)
-    copies = np.full((len(moves), len(ids)), pad_id, np.int64)
-    reach = np.zeros(len(moves), np.int64)
-    for row, move in enumerate(moves):
-        lost = bisect.bisect_left(range(len(ids) + 1), True, key=lambda n: move not in room(ids[:n], abs(move)))
-        reach[row] = lost - 1
-        copies[row, : lost - 1] = transpose(ids[: lost - 1], move)
-    return copies, reach
+    copies = np.array([moves(semitones)[ids] for semitones in range(-most, most + 1)])
+    lost = np.logical_or.accumulate(copies < 0, 1)
+    return np.where(lost, pad_id, copies), (~lost).sum(1)
 
 
 def mixture(logs: Floats, reach: Ids, *, start: int = 0) -> Floats:
