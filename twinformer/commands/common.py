@@ -34,7 +34,7 @@ def told_plainly(after: str = "nothing was judged") -> Iterator[None]:
     try:
         yield
     except (TwinformerError, OSError) as error:
-        err.print(f"twinformer: {error}", style="red", markup=False, highlight=False)
+        err.print(f"twinformer: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(CANNOT_RUN) from None
     except typer.Exit:
         raise
@@ -42,8 +42,8 @@ def told_plainly(after: str = "nothing was judged") -> Iterator[None]:
         if os.environ.get("TWINFORMER_TRACEBACK") == "1":
             raise
         message = f"twinformer: a defect of ours, {type(error).__name__}: {error}"
-        err.print(message, style="red", markup=False, highlight=False)
-        err.print(f"twinformer: TWINFORMER_TRACEBACK=1 shows where; {after}")
+        err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"twinformer: TWINFORMER_TRACEBACK=1 shows where; {after}", soft_wrap=True)
         raise typer.Exit(CANNOT_RUN) from None
     except KeyboardInterrupt:
         err.print("twinformer: interrupted")

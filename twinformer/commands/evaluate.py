@@ -69,7 +69,9 @@ def evaluate(
         if backend not in (None, "torch", "flax"):
             raise ConfigError("evaluate", [f"--backend: expected torch or flax, got {backend!r}"])
         with err.status("measuring") as status:
-            subject = find(Path(model), checkpoint=checkpoint, tell=lambda text: err.print(text, markup=False))
+            subject = find(
+                Path(model), checkpoint=checkpoint, tell=lambda text: err.print(text, markup=False, soft_wrap=True)
+            )
             if backend is None:
                 backend = subject.options.backends[0] if subject.options is not None else default_backend()
             report = measure(

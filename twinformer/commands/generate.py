@@ -77,7 +77,9 @@ def generate(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
         names = ("torch", "flax") if compare else (backend or backends.default_backend(),)
-        subject = find(Path(model), checkpoint=checkpoint, tell=lambda text: err.print(text, markup=False))
+        subject = find(
+            Path(model), checkpoint=checkpoint, tell=lambda text: err.print(text, markup=False, soft_wrap=True)
+        )
         config = subject.config if dtype is None else subject.config.replace(compute_dtype=dtype, param_dtype=dtype)
         backends.prepare(names, config.compute_dtype)
         writer = writer_for(subject.directory, config)

@@ -93,7 +93,7 @@ def _go(directory: Path | None, resume: Path | None, asked: dict[str, Any]) -> N
             with signals:
                 ending = run.go(signals)
         except DivergedError as error:
-            err.print(f"twinformer: {error}", style="red", markup=False, highlight=False)
+            err.print(f"twinformer: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(DIVERGED) from None
         finally:
             problem = session.draw(place)
