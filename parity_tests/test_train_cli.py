@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import flax_impl
 import torch_impl
 from parity_tests.numpy_trainer import in_memory
+from twinformer import memory
 from twinformer.checkpoint import read_config, read_model, write_model
 from twinformer.cli import app
 from twinformer.data.guitar.arpeggio import score, sequences
@@ -49,6 +50,7 @@ def drawn():
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, request):
     monkeypatch.setattr(backends, "product_rate", lambda backend, dtype: 1e9)
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda **how: True)  # of the process of all tests
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr(session, "draw", lambda directory: None)
 
@@ -418,7 +420,7 @@ def test_pieces_are_varied_for_training(tmp_path, pieces, asked):
 
 
 def test_what_cannot_be_varied_is_said_all_at_once(tmp_path, text, pieces):
-    place, asked = tmp_path / "run", ["--variety", "0.1", "--exchange", "0.2", "--exchange-epochs", "3"]
+    place, asked = tmp_path / "run", [*SMALL, "--variety", "0.1", "--exchange", "0.2", "--exchange-epochs", "3"]
     refused(
         *("train", "--out", place, "--data", f"text:{text}", *asked),
         words=[
@@ -428,13 +430,24 @@ def test_what_cannot_be_varied_is_said_all_at_once(tmp_path, text, pieces):
             "exchange_epochs: expected 0 or nothing",
         ],
     )
-    refused("train", "--out", place, "--data", "guitar-tab", *asked[2:], words=["2 problems", "(it is for guitar)"])
+    fewer = [*SMALL, *asked[-4:]]
+    refused("train", "--out", place, "--data", "guitar-tab", *fewer, words=["2 problems", "(it is for guitar)"])
     refused(
-        *("train", "--out", place, "--data", f"guitar:{pieces}", "--exchange-epochs", "3"),
+        *("train", "--out", place, "--data", f"guitar:{pieces}", *SMALL, "--exchange-epochs", "3"),
         words=["exchange_epochs: expected a share to exchange with it (exchange), got 3 alone"],
     )
     assert not place.exists()
     assert with_defaults(RunOptions(data=f"guitar:{pieces}", exchange_epochs=0)).exchange == 0
+
+
+def test_memory_is_kept_before_a_run_begins_or_goes_on(tmp_path, text, monkeypatch):
+    seen, begin, go_on = [], session.begin, session.go_on
+    monkeypatch.setattr(session, "begin", lambda *what, **how: seen.append("begun") or begin(*what, **how))
+    monkeypatch.setattr(session, "go_on", lambda *what, **how: seen.append("gone on") or go_on(*what, **how))
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda **how: seen.append(how))
+    good("train", "--out", tmp_path / "run", "--data", f"text:{text}", *TEXT)
+    good("train", "--resume", tmp_path / "run", "--steps", "5")
+    assert seen == [{"of_threads": True}, "begun", {"of_threads": True}, "gone on"]
 
 
 @pytest.mark.parametrize("wrong", [["--heads", "3"], ["--start-from", "absent"], ["--batch-size", "0"]], ids=str)

@@ -89,9 +89,9 @@ def parity(
         import jax
 
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
+        from twinformer.memory import keep_freed_memory
         from twinformer.parity.abreast import is_worth_it
         from twinformer.parity.judge import check_rungs, judge
-        from twinformer.parity.memory import keep_freed_memory
         from twinformer.parity.opened import check_opened
         from twinformer.parity.rungs import BY_DEFAULT, LADDER
         from twinformer.parity.subjects import find

@@ -59,6 +59,7 @@ def _asked(flags: Mapping[str, Any], file: Path | None, sets: list[str] | None) 
 
 
 def _go(directory: Path | None, resume: Path | None, asked: dict[str, Any]) -> None:
+    from twinformer.memory import keep_freed_memory
     from twinformer.runs import session
     from twinformer.runs.backends import default_backend
     from twinformer.runs.loop import DivergedError
@@ -68,6 +69,7 @@ def _go(directory: Path | None, resume: Path | None, asked: dict[str, Any]) -> N
 
     if directory is not None and resume is not None:
         raise ConfigError("train", ["expected --out for a new run or --resume for one that is there, got both"])
+    keep_freed_memory(of_threads=True)  # before a framework begins its own
     screen = Screen(err)
     if resume is not None:
         place = resume

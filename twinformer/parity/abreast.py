@@ -20,8 +20,8 @@ import jax
 import torch
 
 from twinformer.errors import TwinformerError
+from twinformer.memory import keep_freed_memory
 from twinformer.parity.case import Case
-from twinformer.parity.memory import keep_freed_memory
 from twinformer.parity.verdict import Rung
 
 #: rungs that use nothing of the others' runs, of a large model about half of the time
