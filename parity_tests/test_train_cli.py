@@ -282,8 +282,15 @@ def test_signals_in_the_middle_of_a_step(tmp_path, text, monkeypatch, number, co
     assert done.exit_code == code, done.output
     assert "stopped after step 4, saved" in done.output
     assert (place / "checkpoints" / "step-00000004").is_dir()
-    monkeypatch.undo()
-    assert "going on from step 4" in good("train", "--resume", place, "--minutes", "0.0001").output
+    monkeypatch.setattr(Run, "_one_step", one_step)
+    told = "until 0.0001 minutes from now, as this run was told before"
+    done = good("train", "--resume", place, "--minutes", "0.0001")
+    assert "going on from step 4" in done.output
+    assert "time is up after step 5, saved" in done.output
+    assert told not in done.output
+    done = good("train", "--resume", place)
+    assert "time is up after step 6, saved" in done.output
+    assert told in done.output
 
 
 # ---- the kinds of data

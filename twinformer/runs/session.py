@@ -95,6 +95,8 @@ def go_on(directory: Path, changes: Mapping[str, Any], *, screen: Screen) -> Run
             other = [name for name in options.backends if name not in last.backends]
             by = f", saved by {' and '.join(last.backends)}" if other else ""
             screen.say(f"going on from step {last.step}{by}")
+    if options.minutes is not None and "minutes" not in changes:
+        screen.say(f"until {options.minutes:g} minutes from now, as this run was told before (--minutes sets others)")
     return run
 
 
