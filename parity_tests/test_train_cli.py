@@ -454,7 +454,7 @@ def test_memory_is_kept_before_a_run_begins_or_goes_on(tmp_path, text, monkeypat
     monkeypatch.setattr(memory, "keep_freed_memory", lambda **how: seen.append(how))
     good("train", "--out", tmp_path / "run", "--data", f"text:{text}", *TEXT)
     good("train", "--resume", tmp_path / "run", "--steps", "5")
-    assert seen == [{"of_threads": True}, "begun", {"of_threads": True}, "gone on"]
+    assert seen == [{"all_of_it": True}, "begun", {"all_of_it": True}, "gone on"]
 
 
 @pytest.mark.parametrize("wrong", [["--heads", "3"], ["--start-from", "absent"], ["--batch-size", "0"]], ids=str)

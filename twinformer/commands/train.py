@@ -69,7 +69,7 @@ def _go(directory: Path | None, resume: Path | None, asked: dict[str, Any]) -> N
 
     if directory is not None and resume is not None:
         raise ConfigError("train", ["expected --out for a new run or --resume for one that is there, got both"])
-    keep_freed_memory(of_threads=True)  # before a framework begins its own
+    keep_freed_memory(all_of_it=True)
     screen = Screen(err)
     if resume is not None:
         place = resume

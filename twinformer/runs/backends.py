@@ -32,8 +32,13 @@ def prepare(backends: Sequence[str], dtype: str) -> None:
             there = importlib.util.find_spec(package) is not None
             problems.expect(there, f"{package}: expected it installed (pip install 'twinformer[{backend}]')")
     problems.raise_if_any()
-    if "flax" in backends and dtype == "float64":
-        importlib.import_module("jax").config.update("jax_enable_x64", True)
+    if "flax" in backends:
+        config = importlib.import_module("jax").config
+        if dtype == "float64":
+            config.update("jax_enable_x64", True)
+        # on a CPU a program runs in the thread that calls it: in one of JAX's own its memory, 1.4 GB for a step of the
+        # larger decoders, is asked of the system anew each time (see twinformer/memory.py), a fifth of the time
+        config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def make_trainer(backend: str, config: ModelConfig, training: TrainingConfig, *, compile: bool = False) -> Trainer:
