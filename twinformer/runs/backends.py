@@ -25,7 +25,9 @@ _PACKAGES = {"torch": ("torch",), "flax": ("jax", "flax")}
 
 
 def prepare(backends: Sequence[str], dtype: str) -> None:
-    """Before any array is made: the frameworks are there, and JAX has float64 where it is asked for."""
+    """Before any array is made: the frameworks are there, JAX has float64 where it is asked for, and on a CPU it runs
+    programs in the thread that calls them. Raises one TwinformerError for all packages that are absent.
+    """
     problems = Problems("installation", TwinformerError)
     for backend in backends:
         for package in _PACKAGES[backend]:
@@ -36,7 +38,7 @@ def prepare(backends: Sequence[str], dtype: str) -> None:
         config = importlib.import_module("jax").config
         if dtype == "float64":
             config.update("jax_enable_x64", True)
-        # on a CPU a program runs in the thread that calls it: in one of JAX's own its memory, 1.4 GB for a step of the
+        # in a thread of JAX's own the memory of a program, 1.4 GB for a step of the
         # larger decoders, is asked of the system anew each time (see twinformer/memory.py), a fifth of the time
         config.update("jax_cpu_enable_async_dispatch", False)
 
