@@ -38,8 +38,8 @@ def prepare(backends: Sequence[str], dtype: str) -> None:
         config = importlib.import_module("jax").config
         if dtype == "float64":
             config.update("jax_enable_x64", True)
-        # in a thread of JAX's own the memory of a program, 1.4 GB for a step of the
-        # larger decoders, is asked of the system anew each time (see twinformer/memory.py), a fifth of the time
+        # in a thread of JAX's own the memory of a program, 1.4 GB for a step of the larger decoders, is asked of the
+        # system anew each time (see twinformer/memory.py), a fifth of the time
         config.update("jax_cpu_enable_async_dispatch", False)
 
 
