@@ -12,10 +12,10 @@ from parity_tests.strategies import seeded_cases
 from twinformer.parity import compare, random_case
 from twinformer.parity.compare import Comparison, ErrorPair, sibling_scales, unit_in_the_last_place
 from twinformer.parity.evidence import Evidence
-from twinformer.parity.noise import neighbour, reordered
-from twinformer.parity.rungs import calls, forward, precision, stochastic
+from twinformer.parity.noise import neighbour, nudged, reordered
+from twinformer.parity.rungs import calls, forward, gradients, precision, stochastic
 from twinformer.parity.rungs.stochastic import with_dropout
-from twinformer.parity.twins import TorchTwin
+from twinformer.parity.twins import FlaxTwin, TorchTwin
 from twinformer.parity.verdict import rung_of
 from twinformer.presets import PRESETS, preset
 
@@ -211,21 +211,38 @@ def test_the_floor_of_several_draws_is_the_largest(keyed):
 # ---- found by chance: random configurations 42/55 and 42/74
 
 
-def ill(number, call):
-    """The call in which the two programs part beyond the bound; the others are ten times as much to compile."""
+def ill(number, call, twins=None):
+    """The call in which rounding can take the two programs beyond the bound; the others are ten times as much work."""
     drawn = fuzz.subject_of(seeded_cases(1, seed=42_000_000 + number)[0], f"42/{number}")
-    return Evidence(drawn), {call: calls.calls(drawn.in_dtype("float64"))[call]}
+    return Evidence(drawn, twins), {call: calls.calls(drawn.in_dtype("float64"))[call]}
 
 
 ILL = pytest.mark.parametrize(("number", "call"), [(55, "tokens only"), (74, "documents in a row")])
 
 
+class Rounded(FlaxTwin):
+    """Every weight moved by one rounding: on every machine as far from the other twin as on an unlucky one."""
+
+    def run(self, case, **options):
+        return super().run(nudged(case, 103), **options)
+
+
 @ILL
-def test_an_ill_conditioned_call_cannot_tell(number, call):
-    rung = calls.compared(*ill(number, call))
+def test_an_ill_conditioned_call_cannot_tell(number, call, monkeypatch):
+    """Whether the twins themselves part beyond the bound goes by the machine: some add in the same order in both."""
+    monkeypatch.setattr(forward, "BOUND", forward.BOUND / 100)
+    monkeypatch.setattr(gradients, "BOUND", gradients.BOUND / 100)
+    rung = calls.compared(*ill(number, call, (TorchTwin(), Rounded())))
     assert rung.verdict == "cannot tell"
     assert rung.culprits == []
     assert all("rounding alone can do this here" in problem for problem in rung.problems)
+
+
+@ILL
+def test_and_is_never_called_wrong(number, call):
+    rung = calls.compared(*ill(number, call))
+    assert rung.verdict in ("agree", "cannot tell"), rung.problems
+    assert rung.culprits == []
 
 
 @ILL
