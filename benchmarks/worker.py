@@ -68,6 +68,7 @@ def start(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         import torch
 
         torch.set_num_threads(options.threads)
+    dispatch()
     from benchmarks import cases
     from benchmarks.systems import by_name
 
@@ -88,6 +89,14 @@ def start(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         "first_run": first - judged,
         "rss": peak(),
     }
+
+
+def dispatch() -> None:
+    """Programs of JAX in the thread that calls them, where the system's settings say so."""
+    if os.environ.get("TWINFORMER_BENCH_DISPATCH") == "synchronous":
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # type: ignore[no-untyped-call]
 
 
 def warm_up(running: Any) -> float:

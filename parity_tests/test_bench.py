@@ -5,6 +5,7 @@ No test here looks at a clock: samples are drawn with known effects.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 import json
@@ -12,13 +13,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_impl
-from benchmarks import cases, figures, machine, protocol, records, run
+from benchmarks import cases, figures, machine, protocol, records, run, worker
 from benchmarks.cases import Case
 from benchmarks.figures import Ratio
 from benchmarks.protocol import AGAIN, Visited, errors_of
@@ -189,6 +191,25 @@ def test_peers_in_every_case_of_theirs(name):
     for case, errors in found.items():
         assert errors.pop("swapped") > 1e-2, case
         assert max(errors.values()) < 1e-5, (case, errors)
+
+
+def test_the_settings_of_tuned_systems_reach_jax(monkeypatch):
+    """In a worker's process, by the way that it goes; an option that JAX does not have, JAX itself refuses."""
+    told = []
+    monkeypatch.setattr(jax.config, "update", lambda *given: told.append(given))
+    monkeypatch.setattr("benchmarks.cases.FULL", ())  # far enough: the settings are made before the case is looked up
+    for name in ("flax_impl", "torch_impl tuned", "flax_impl tuned", "flax_impl scan tuned", "linen tuned"):
+        told.append(name)
+        with monkeypatch.context() as patch:
+            for variable, value in by_name(name).settings:
+                patch.setenv(variable, value)
+            with pytest.raises(KeyError):
+                worker.start(argparse.Namespace(case="none", quick=False, threads=1))
+    synchronous = ("jax_cpu_enable_async_dispatch", False)
+    assert told == [
+        *("flax_impl", "torch_impl tuned"),
+        *("flax_impl tuned", synchronous, "flax_impl scan tuned", synchronous, "linen tuned", synchronous),
+    ]
 
 
 def test_every_system_has_its_adapter():
