@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 
-.PHONY: parity presets mutants fuzz test lint bench bench-import setup clean
+.PHONY: parity presets mutants fuzz test other-sums lint bench bench-import setup clean
 
 # The main job: the trained sentence encoder in both frameworks, and against the original implementation.
 # JAX keeps compiled programs on disk, under a key of the program, its options, the versions and the machine.
@@ -33,6 +33,13 @@ fuzz: $(READY)
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(BIN)/pytest -n 2 --dist worksteal -q -k flax parity_tests/test_models.py parity_tests/test_weights.py
+
+# The tests with sums in another order, as other x86 processors take them: oneMKL's portable kernels, XLA without
+# fused multiply-adds. Its kernels are kept apart from those of this processor.
+other-sums: $(READY)
+	MKL_CBWR=COMPATIBLE TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/other-kernels \
+	    XLA_FLAGS="$$($(BIN)/python -c 'from parity_tests.quick_programs import XLA_FLAGS; print(XLA_FLAGS)') --xla_cpu_max_isa=AVX" \
+	    $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
